@@ -1,0 +1,102 @@
+"""Typed batches: what travels from the data workers to a method.
+
+Shapes: B sequences, L padded positions, T supervised positions of the whole batch (flattened),
+U the same on the teacher's side, A aligned pairs of supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+class _Movable:
+    """Lets Lightning move a frozen dataclass to a device through `.to`."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
+        return type(self)(**moved)
+
+
+@dataclass(frozen=True)
+class TokenBatch(_Movable):
+    """Right-padded sequences of one tokenizer and the positions that a loss looks at.
+
+    Attributes:
+        ids_BL: token ids, int64.
+        length_B: real tokens of each sequence, int64; what lies beyond is padding.
+        position_T: supervised positions as indices into the flattened [B * L] grid, ascending, int64. The hidden state
+            at such a position predicts the *next* token.
+        target_T: that next token, int64.
+        sequence_T: the sequence each supervised position belongs to, int64.
+    """
+
+    ids_BL: Tensor
+    length_B: Tensor
+    position_T: Tensor
+    target_T: Tensor
+    sequence_T: Tensor
+
+    @property
+    def num_supervised(self) -> int:
+        return self.position_T.numel()
+
+
+@dataclass(frozen=True)
+class DistillationBatch(_Movable):
+    """One text as the student and as the teacher read it.
+
+    Attributes:
+        student: the batch in the student's tokens.
+        teacher: the batch in the teacher's tokens; None when both share one tokenizer.
+        pair_student_A: for each aligned pair the row among the student's supervised positions (0..T-1); None when both
+            share one tokenizer (row t is paired with row t).
+        pair_teacher_A: likewise among the teacher's (0..U-1).
+        step_tokens: the student's supervised tokens of the whole optimizer step: all accumulation steps, all ranks.
+        step_pairs: the aligned pairs of the whole optimizer step.
+        num_tokens: real (not padding) tokens of this batch on the student's side, prompts included.
+        examples: indices of the examples in their dataset.
+    """
+
+    student: TokenBatch
+    teacher: TokenBatch | None
+    pair_student_A: Tensor | None
+    pair_teacher_A: Tensor | None
+    step_tokens: int
+    step_pairs: int
+    num_tokens: int
+    examples: tuple[int, ...]
+
+
+def collate_tokens(ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_id: int) -> TokenBatch:
+    """Pad sequences on the right and list the supervised positions.
+
+    Args:
+        ids: the tokens of each sequence: prompt, answer and, where the answer is complete, the end-of-sequence token.
+        prompt_lengths: how many tokens at the start of each sequence are not to be predicted. 0 supervises everything
+            but the first token, which nothing predicts.
+        pad_id: any valid id; padding is told by `length_B`, never by comparing ids.
+    """
+    longest = max(len(sequence) for sequence in ids)
+    ids_BL = torch.full((len(ids), longest), pad_id, dtype=torch.int64)
+    position, target, sequence_of = [], [], []
+    for row, (sequence, prompt_length) in enumerate(zip(ids, prompt_lengths, strict=True)):
+        tokens = torch.as_tensor(sequence, dtype=torch.int64)
+        ids_BL[row, : len(tokens)] = tokens
+        first = max(prompt_length, 1)
+        position.append(torch.arange(first - 1, len(tokens) - 1) + row * longest)
+        target.append(tokens[first:])
+        sequence_of.append(torch.full((len(tokens) - first,), row, dtype=torch.int64))
+    return TokenBatch(
+        ids_BL=ids_BL,
+        length_B=torch.tensor([len(sequence) for sequence in ids]),
+        position_T=torch.cat(position),
+        target_T=torch.cat(target),
+        sequence_T=torch.cat(sequence_of),
+    )
