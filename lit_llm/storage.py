@@ -1,0 +1,48 @@
+"""Where things are kept, and how a file or folder gets its final name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+
+
+def cache_folder() -> Path:
+    """`$LIT_LLM_CACHE`, or the platform's user cache. Safe to delete: everything in it can be made again."""
+    if folder := os.environ.get("LIT_LLM_CACHE"):
+        return Path(folder)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lit_llm", appauthor=False)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that it exists whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `path` when the block ends well, and vanishes when it does not.
+
+    Whatever had that name is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    scratch.chmod(0o755)
+    try:
+        yield scratch
+        if path.exists():
+            rmtree(path)
+        os.replace(scratch, path)
+    finally:
+        rmtree(scratch, ignore_errors=True)
