@@ -100,3 +100,29 @@ def collate_tokens(ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], 
         target_T=torch.cat(target),
         sequence_T=torch.cat(sequence_of),
     )
+
+
+def collate_pairs(
+    student: TokenBatch,
+    teacher: TokenBatch,
+    pair_student: Sequence[Sequence[int]],
+    pair_teacher: Sequence[Sequence[int]],
+) -> tuple[Tensor, Tensor]:
+    """Aligned pairs of a batch from those of its sequences.
+
+    Args:
+        student: the batch of the student, with T supervised rows.
+        teacher: the batch of the teacher, with U supervised rows.
+        pair_student: for each sequence, the indices of aligned tokens among its own supervised tokens.
+        pair_teacher: likewise on the teacher's side.
+
+    Returns:
+        (A,) rows among the student's T, (A,) rows among the teacher's U.
+    """
+    return _shifted(student, pair_student), _shifted(teacher, pair_teacher)
+
+
+def _shifted(batch: TokenBatch, pairs: Sequence[Sequence[int]]) -> Tensor:
+    per_sequence_B = torch.bincount(batch.sequence_T, minlength=len(pairs))
+    start_B = per_sequence_B.cumsum(0) - per_sequence_B
+    return torch.cat([torch.as_tensor(rows, dtype=torch.int64) + start_B[i] for i, rows in enumerate(pairs)])

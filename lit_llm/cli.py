@@ -1,0 +1,76 @@
+"""The command line: `python -m lit_llm COMMAND ...`.
+
+Nothing heavy is imported here, so that `--help` answers at once. Commands that train live in `lit_llm.training_cli`
+(LightningCLI), the others in `lit_llm.commands`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+_COMMANDS = {
+    "fit": ("train a model", "fit --config configs/dskd.yaml"),
+    "validate": ("evaluate a checkpoint on the validation data", "validate --config RUN/config.yaml --ckpt_path last"),
+    "test": ("evaluate a checkpoint on the test data", "test --config RUN/config.yaml --ckpt_path last"),
+    "predict": ("answer the test prompts into predictions.jsonl", "predict --config RUN/config.yaml --ckpt_path last"),
+    "export": ("write a checkpoint as a Hugging Face folder", "export --config RUN/config.yaml --ckpt_path last --to DIR"),
+    "generate": ("talk to any model folder", 'generate --model RUN/model --prompt "Name three colours."'),
+    "report": ("rebuild report.html of a run folder", "report RUN"),
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        args: the command and its options; None takes those of the process.
+
+    Raises:
+        SystemExit: 0 after help, 2 for a wrong call, 1 for an error that the user can mend.
+    """
+    given = sys.argv[1:] if args is None else list(args)
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        raise SystemExit(0 if given else 2)
+    if given[0] == "--version":
+        from lit_llm import __version__
+
+        print(f"lit_llm {__version__}")
+        return
+    if given[0] not in _COMMANDS:
+        print(f"lit_llm: {given[0]!r} is not a command.\n\n{_help()}", file=sys.stderr)
+        raise SystemExit(2)
+    _run(given)
+
+
+def _run(given: list[str]) -> None:
+    command, *options = given
+    try:
+        if command == "generate":
+            from lit_llm.commands import generate
+
+            generate(options)
+        elif command == "report":
+            from lit_llm.commands import report
+
+            report(options)
+        else:
+            from lit_llm.training_cli import TrainingCLI
+
+            TrainingCLI.run(given)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_LLM_TRACEBACK"):
+            raise
+        print(f"\nlit_llm {command}: {error}\n(LIT_LLM_TRACEBACK=1 shows where.)", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _help() -> str:
+    width = max(map(len, _COMMANDS)) + 2
+    lines = ["usage: python -m lit_llm COMMAND [options]", "", "commands:"]
+    lines += [f"  {name:<{width}}{about}" for name, (about, _) in _COMMANDS.items()]
+    lines += ["", "examples:"]
+    lines += [f"  python -m lit_llm {example}" for _, example in _COMMANDS.values()]
+    lines += ["", "python -m lit_llm COMMAND --help lists the options of a command."]
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""The commands that need no training run: talk to a model, rebuild a report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal, Optional
+
+
+def generate(options: list[str]) -> None:
+    """Parse the options of `generate` and run it."""
+    from jsonargparse import auto_cli
+
+    auto_cli(talk, args=options, as_positional=False, prog="python -m lit_llm generate", description=talk.__doc__)
+
+
+def report(options: list[str]) -> None:
+    """Parse the options of `report` and run it."""
+    from jsonargparse import auto_cli
+
+    auto_cli(rebuild_report, args=options, prog="python -m lit_llm report", description=rebuild_report.__doc__)
+
+
+def talk(
+    model: str,
+    prompt: Optional[str] = None,
+    template: Literal["auto", "alpaca", "plain", "chat", "none"] = "auto",
+    system: Optional[str] = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> None:
+    """Answer a prompt, or chat line by line when none is given.
+
+    Example: python -m lit_llm generate --model runs/dskd/version_0/model --prompt "Name three colours."
+
+    Args:
+        model: a model folder, a hub id, or package:NAME.
+        prompt: one prompt. Without it, lines are read from the terminal until an empty one.
+        template: how the prompt is written; `auto` is the tokenizer's chat template where it has one, else `alpaca`;
+            `none` continues the text as it stands.
+        system: system message of the chat template.
+        max_new_tokens: length limit of an answer.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling; 1 is off.
+        top_k: sampling among the k best; 0 is off.
+        seed: of the sampling.
+    """
+    from lit_llm.data.templates import render_prompt
+    from lit_llm.models.language_model import ModelSpec
+
+    language_model = ModelSpec(source=model).load()
+    tokenizer = language_model.tokenizer
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "alpaca"
+    for text in [prompt] if prompt is not None else _lines_from_terminal():
+        written = text if template == "none" else render_prompt(tokenizer, template, text, system=system)
+        ids = tokenizer(written, add_special_tokens=template == "none")["input_ids"]
+        pieces = language_model.stream(
+            ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def rebuild_report(run: str) -> None:
+    """Write report.html of a run folder again, from the files that the run left, also when it was killed.
+
+    Args:
+        run: the run folder, e.g. runs/dskd/version_0.
+    """
+    from lit_llm.callbacks.report import write_report
+
+    if not Path(run).is_dir():
+        raise FileNotFoundError(f"No run folder at {run}.")
+    sys.stdout.write(f"{write_report(Path(run))}\n")
+
+
+def _lines_from_terminal():
+    sys.stderr.write("An empty line ends the chat.\n")
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline().rstrip("\n")
+        if not line:
+            return
+        yield line

@@ -1,0 +1,345 @@
+"""What every method shares: models that are built late, optimizer groups, evaluation with generated answers, resume."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import lightning as L
+import numpy
+import torch
+from torch import Tensor, nn
+
+from lit_llm.data.batch import DistillationBatch
+from lit_llm.evaluation.rouge import RougeL
+from lit_llm.evaluation.samples import Sample
+from lit_llm.losses.fused_head import cross_entropy
+from lit_llm.methods.schedule import learning_rate_factor
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+
+
+@dataclass
+class Optimization:
+    """AdamW with a schedule over optimizer steps.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: on matrices; biases and norm weights get none.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        schedule: `cosine` or `linear` decay to `final_lr`, or `constant`.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: warm-up as a share of all steps; not together with warmup_steps.
+        final_lr: learning rate at the last step.
+    """
+
+    lr: float = 5e-4
+    weight_decay: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0
+    final_lr: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optimization.warmup_steps ({self.warmup_steps}) and optimization.warmup_ratio ({self.warmup_ratio}) "
+                "both set the warm-up. Keep one."
+            )
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"optimization.warmup_ratio is {self.warmup_ratio}; it is a share of all steps, 0 to 1.")
+        if self.final_lr > self.lr:
+            raise ValueError(f"optimization.final_lr ({self.final_lr}) is above optimization.lr ({self.lr}).")
+
+
+@dataclass
+class Generation:
+    """Answers generated during evaluation, scored with ROUGE-L and shown side by side.
+
+    Args:
+        prompts: validation prompts that are answered each time; 0 turns it off.
+        test_prompts: test prompts that are answered; None: all.
+        max_new_tokens: length limit of an answer.
+        temperatures: 0 is greedy. The first one is reported as `rouge_l`, the others with their temperature.
+        seeds: one pass each for temperatures above 0; the mean is reported (the DSKD papers use 10, 20, 30, 40, 50).
+        top_p: nucleus sampling; 1 is off.
+        top_k: sampling among the k best; 0 is off.
+        no_repeat_ngram_size: forbids repeated n-grams; 0 is off (the papers' final evaluation uses 6).
+        batch_size: prompts at a time.
+        shown: samples written to TensorBoard and the report.
+    """
+
+    prompts: int = 64
+    test_prompts: Optional[int] = None
+    max_new_tokens: int = 64
+    temperatures: list[float] = field(default_factory=lambda: [0.0])
+    seeds: list[int] = field(default_factory=lambda: [10])
+    top_p: float = 1.0
+    top_k: int = 0
+    no_repeat_ngram_size: int = 0
+    batch_size: int = 32
+    shown: int = 8
+
+
+class Method(L.LightningModule):
+    """A training method: a student, perhaps frozen models beside it, and a loss.
+
+    Subclasses write `training_step` and, where they compare with a teacher, `evaluate`.
+
+    Args:
+        student: the model that is trained.
+        optimization: optimizer and schedule.
+        generation: answers generated during evaluation.
+        loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
+    """
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),
+        loss_chunk: Optional[int] = None,
+    ) -> None:
+        super().__init__()
+        if loss_chunk is not None and loss_chunk < 1:
+            raise ValueError(f"model.loss_chunk is {loss_chunk}; it counts tokens. Leave it out for the default.")
+        self.student_spec, self.optimization, self.generation = student, optimization, generation
+        self.loss_chunk = loss_chunk
+        self.student: LanguageModel | None = None
+        self.frozen_teacher: Frozen | None = None
+        self.samples: list[Sample] = []
+        self._start_answers: dict[str, list[str]] = {}
+        self._teacher_results: dict[str, dict[str, Any]] = {}
+        self._generators: dict[str, Any] | None = None
+
+    # ---------------------------------------------------------------- models
+
+    def configure_model(self) -> None:
+        if self.student is None:
+            self.student = self.student_spec.load()
+
+    @cached_property
+    def student_tokenizer(self):
+        return self.student_spec.load_tokenizer()
+
+    @property
+    def teacher_tokenizer(self):
+        """The teacher's tokenizer where it differs from the student's, else None."""
+        return None
+
+    @property
+    def teacher(self) -> LanguageModel | None:
+        return None if self.frozen_teacher is None else self.frozen_teacher.model
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    # ------------------------------------------------------------- optimizer
+
+    def configure_optimizers(self):
+        settings = self.optimization
+        optimizer = torch.optim.AdamW(
+            [group for group in self.parameter_groups() if group["params"]],
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        total = self.trainer.estimated_stepping_batches
+        factors = [
+            learning_rate_factor(settings, peak=group["lr"], total_steps=total) for group in optimizer.param_groups
+        ]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Matrices with weight decay, vectors (biases, norms) without."""
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        decay = self.optimization.weight_decay
+        return [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay, "lr": self.optimization.lr},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr": self.optimization.lr},
+        ]
+
+    def log_step(self, sums: dict[str, Tensor], count: int | Tensor) -> None:
+        """Log sums over one micro-batch as means over `count` tokens, without waiting for the device."""
+        for name, value in sums.items():
+            mean = value.detach() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+            self.log(f"train/{name}", mean, prog_bar=name in ("loss", "ce"), batch_size=1)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        norm = self._gradient_norm(self.parameters())
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/grad_norm", norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def step_weight(self, batch: DistillationBatch, count: int) -> float:
+        """What a *sum* over this micro-batch is multiplied with so that the optimizer step sees a mean over `count`.
+
+        Lightning divides by the number of accumulation steps and averages over ranks; `count` is of the whole step.
+        """
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size / max(count, 1)
+
+    @staticmethod
+    def _gradient_norm(parameters) -> Tensor:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+
+    # ------------------------------------------------------------ evaluation
+
+    def evaluate(self, batch: DistillationBatch, stage: str) -> None:
+        """Log loss and accuracy of the student on one batch. Subclasses add what their teacher allows."""
+        hidden_TD = self.student.hidden(batch.student)
+        terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
+        self.log_means(stage, {"loss": terms.loss, "accuracy": terms.correct}, terms.tokens)
+
+    def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    def predict_step(self, batch: list, batch_idx: int) -> list[dict[str, Any]]:
+        answers = self.answer(self.student, [prompt.student_ids for prompt in batch], self.generation.temperatures[0])
+        return [
+            {"prompt": prompt.text, "references": prompt.references, "answer": answer}
+            for prompt, answer in zip(batch, answers, strict=True)
+        ]
+
+    def log_means(self, stage: str, sums: dict[str, Tensor], count: int | Tensor) -> None:
+        """Log sums as means over `count` tokens of a whole evaluation, exact over batches and ranks."""
+        count = int(count)
+        if count == 0:
+            return
+        means = {f"{stage}/{name}": value.detach() / count for name, value in sums.items()}
+        self.log_dict(means, batch_size=count, on_step=False, on_epoch=True, sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self._generate("val", "validation", self.generation.prompts)
+
+    def on_test_epoch_end(self) -> None:
+        self._generate("test", "test", self.generation.test_prompts)
+
+    def _generate(self, stage: str, split: str, limit: int | None) -> None:
+        """Answer prompts with the student (and once with the teacher), score them, keep samples for the callbacks."""
+        if limit == 0 or self.trainer.sanity_checking or self.trainer.datamodule is None:
+            return
+        prompts = self.trainer.datamodule.prompts(split, limit)
+        if not prompts:
+            return
+        references = [prompt.references for prompt in prompts]
+        answers = self._scored(stage, "", self.student, [prompt.student_ids for prompt in prompts], references)
+        if self.global_step == 0:
+            self._start_answers[stage] = answers
+        shown = {"start": self._start_answers.get(stage), "student": answers}
+        if self.teacher is not None:
+            if stage not in self._teacher_results:
+                ids = [prompt.teacher_ids or prompt.student_ids for prompt in prompts]
+                self._teacher_results[stage] = {"answers": ids, "scores": {}}
+                self._teacher_results[stage]["answers"] = self._scored(stage, "teacher_", self.teacher, ids, references)
+            shown["teacher"] = self._teacher_results[stage]["answers"]
+            self.log_dict(self._teacher_results[stage]["scores"], rank_zero_only=False)
+        self.samples = [
+            Sample(prompts[row].text, references[row][0], {who: texts[row] for who, texts in shown.items() if texts})
+            for row in range(min(self.generation.shown, len(prompts)))
+        ]
+
+    def _scored(self, stage: str, who: str, model: LanguageModel, prompts, references) -> list[str]:
+        """Answers at the first temperature; logs the mean ROUGE-L of every temperature over its seeds."""
+        first: list[str] = []
+        for number, temperature in enumerate(self.generation.temperatures):
+            scores = []
+            for seed in self.generation.seeds if temperature > 0 else self.generation.seeds[:1]:
+                answers = self.answer(model, prompts, temperature, seed)
+                first = first or answers
+                metric = RougeL(sync_on_compute=False)
+                metric.update(answers, references)
+                scores.append(metric.compute())
+            name = f"{stage}/{who}rouge_l" + (f"_t{temperature:g}" if number else "")
+            mean = torch.stack(scores).mean().float()
+            if who:
+                self._teacher_results[stage]["scores"][name] = mean
+            else:
+                self.log(name, mean)
+            if len(scores) > 1 and not who:
+                self.log(f"{name}_std", torch.stack(scores).std().float())
+        return first
+
+    def answer(self, model: LanguageModel, prompts: list[list[int]], temperature: float, seed: int = 0) -> list[str]:
+        """Texts that a model generates for tokenised prompts."""
+        settings = self.generation
+        ids = model.generate(
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
+            seed=seed,
+            batch_size=settings.batch_size,
+        )
+        return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    # ---------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lit_llm"] = {
+            "identity": self.identity(),
+            "start_answers": self._start_answers,
+            "generators": _generator_states(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "lit_llm" not in checkpoint:
+            raise ValueError(
+                "The checkpoint was not written by lit_llm (it has no 'lit_llm' entry). Name one from a run's "
+                "checkpoints folder, or load other weights with model.student.source."
+            )
+        theirs, ours = checkpoint["lit_llm"]["identity"], self.identity()
+        if theirs != ours:
+            differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+            raise ValueError(
+                "The checkpoint belongs to another run:\n"
+                + "\n".join(f"  {key}: checkpoint {theirs.get(key)!r}, config {ours.get(key)!r}" for key in differing)
+                + "\n  Resume with the config of its run folder, or start anew without --ckpt_path."
+            )
+        self._start_answers = checkpoint["lit_llm"]["start_answers"]
+        self._generators = checkpoint["lit_llm"]["generators"]
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that continues it."""
+        return {
+            "method": type(self).__name__,
+            "student": str(self.student_spec.source or self.student_spec.config),
+            "student_shapes": {name: list(p.shape) for name, p in list(self.student.named_parameters())[:1]},
+            "student_parameters": sum(p.numel() for p in self.student.parameters()),
+        }
+
+    def on_train_start(self) -> None:
+        if self._generators is not None:
+            _restore_generators(self._generators)
+            self._generators = None
+
+
+def _generator_states() -> dict[str, Any]:
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+    }
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    numpy.random.set_state((name, keys.cpu().numpy().astype("uint32"), *rest))

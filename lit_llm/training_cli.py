@@ -1,0 +1,167 @@
+"""fit, validate, test, predict and export, on LightningCLI: configs, overrides, run folders, checkpoints.
+
+A run lives in `ROOT/NAME/version_N`: resolved config, TensorBoard events, metrics.csv, checkpoints, model/, report.html.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_llm.callbacks import default_callbacks
+from lit_llm.callbacks.metrics_csv import MetricsCsv
+from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
+from lit_llm.methods import *  # noqa: F403  makes the short names known
+from lit_llm.methods.base import Method
+
+# `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+@dataclass
+class Run:
+    """Where the run is kept.
+
+    Args:
+        root: folder of all runs.
+        name: folder of the runs of one config; None takes the name of the first config file.
+        version: folder of this run; None takes the next free version_N (when resuming from `last`: the newest).
+    """
+
+    root: str = "runs"
+    name: Optional[str] = None
+    version: Optional[str] = None
+
+
+class LitTrainer(Trainer):
+    """Lightning's Trainer with the commands that it lacks."""
+
+    def export(self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, to: str) -> None:
+        """Write the student of a checkpoint as a plain Hugging Face folder.
+
+        Args:
+            ckpt_path: a checkpoint, or `last` for the newest of the run.
+            to: folder to write; it must not exist.
+        """
+        import torch
+
+        if Path(to).exists():
+            raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
+        model.configure_model()
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        model.student.save(Path(to))
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with run folders, default callbacks and checkpoints found by `--ckpt_path last`."""
+
+    @classmethod
+    def run(cls, args: list[str]) -> TrainingCLI:
+        """Parse and run one command; `args` begins with the command."""
+        sys.argv = [sys.argv[0], *args]
+        return cls(
+            Method,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=LitTrainer,
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")
+        parser.add_argument("--vars", type=dict, default={}, help="values for ${vars.NAME} in a config")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.trainer.use_distributed_sampler:
+            raise ValueError(
+                "trainer.use_distributed_sampler is true, but the DataModules divide the data among ranks themselves "
+                "(they must know the tokens of a whole optimizer step). Leave it at false."
+            )
+        self._choose_run_folder(config)
+
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        config = self.config[self.subcommand]
+        settings = self._get(self.config_init, "trainer", default={})
+        if settings.get("logger") in (None, True):
+            place = {"save_dir": config.run.root, "name": config.run.name, "version": config.run.version}
+            kwargs["logger"] = [TensorBoardLogger(**place), MetricsCsv(**place)]
+        callbacks = default_callbacks(
+            progress_bar=settings.get("enable_progress_bar") is not False, stage=self.subcommand
+        )
+        kwargs["callbacks"] = (settings.get("callbacks") or []) + callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _choose_run_folder(self, config) -> None:
+        """Fill in name and version; find the checkpoint that `last` means; refuse to write over another run."""
+        run = config.run
+        run.name = run.name or _config_name(config) or type(self).__name__
+        runs = Path(run.root) / run.name
+        if config.get("ckpt_path") == "last":
+            folder = _newest_run(runs, run.version)
+            config.ckpt_path, run.version = str(folder / "checkpoints" / "last.ckpt"), folder.name
+        if config.get("ckpt_path"):
+            _check_checkpoint(Path(config.ckpt_path))
+        if run.version is None:
+            run.version = f"version_{_next_version(runs)}"
+        elif self.subcommand == "fit" and not config.get("ckpt_path") and (runs / run.version).exists():
+            raise FileExistsError(
+                f"The run folder {runs / run.version} exists.\n"
+                f"  Continue it with --ckpt_path last, or leave out --run.version for a new one."
+            )
+
+
+def _config_name(config) -> str | None:
+    """The stem of the first config file that was given; a run's own config.yaml gives the run's name instead."""
+    files = [str(path) for path in config.get("config") or []]
+    return Path(files[0]).stem if files else None
+
+
+def _newest_run(runs: Path, version: str | None) -> Path:
+    candidates = [runs / version] if version else sorted(runs.glob("*/"), key=lambda folder: folder.stat().st_mtime)
+    for folder in reversed(candidates):
+        if (folder / "checkpoints" / "last.ckpt").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"--ckpt_path last: no checkpoints/last.ckpt in {runs}/{version or '*'}.\n"
+        f"  A run writes its first checkpoint after checkpoint.every_n_train_steps steps. Name a checkpoint file, or "
+        f"set --run.root, --run.name and --run.version to the run that you mean."
+    )
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {path}: no such file. `last` finds the newest checkpoint of the run.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"
+            f"  Take another file of {path.parent}, or start anew."
+        )
+
+
+def _next_version(runs: Path) -> int:
+    taken = [folder.name.removeprefix("version_") for folder in runs.glob("version_*")]
+    return max((int(number) for number in taken if number.isdigit()), default=-1) + 1
