@@ -1,0 +1,77 @@
+"""What the methods with a student and a frozen teacher share."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lit_llm.data.batch import DistillationBatch
+from lit_llm.methods.base import Generation, Method, Optimization
+from lit_llm.models.language_model import Frozen, ModelSpec
+
+_EVALUATION_CACHE_BYTES = 512 * 2**20
+
+
+class Distillation(Method):
+    """A student that learns from a frozen teacher.
+
+    Args:
+        student: the model that is trained.
+        teacher: the frozen model; its weights never enter a checkpoint.
+        optimization: optimizer and schedule.
+        generation: answers generated during evaluation.
+        loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+    """
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        teacher: ModelSpec,
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),
+        loss_chunk: int | None = None,
+    ) -> None:
+        super().__init__(student, optimization, generation, loss_chunk)
+        self.teacher_spec = teacher
+        self._evaluated_hidden: dict[tuple, Tensor] = {}
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.frozen_teacher is None:
+            self.frozen_teacher = Frozen(self.teacher_spec.load())
+
+    @cached_property
+    def teacher_tokenizer(self):
+        """The teacher's tokenizer where it differs from the student's, else None."""
+        tokenizer = self.teacher_spec.load_tokenizer()
+        return None if same_tokenizer(self.student_tokenizer, tokenizer) else tokenizer
+
+    @torch.no_grad()
+    def teacher_hidden(self, batch: DistillationBatch) -> Tensor:
+        """(T, E) the teacher's last hidden states at the student's supervised positions, or (U, E) at its own."""
+        return self.teacher.hidden(batch.student if batch.teacher is None else batch.teacher)
+
+    def evaluated_teacher_hidden(self, batch: DistillationBatch, stage: str) -> Tensor:
+        """The same during evaluation, where the batches come again and the teacher need not."""
+        key = (stage, batch.examples)
+        if key not in self._evaluated_hidden:
+            hidden = self.teacher_hidden(batch)
+            kept = sum(tensor.nbytes for tensor in self._evaluated_hidden.values())
+            if kept + hidden.nbytes > _EVALUATION_CACHE_BYTES:
+                return hidden
+            self._evaluated_hidden[key] = hidden.cpu()
+        return self._evaluated_hidden[key].to(self.device)
+
+    def identity(self) -> dict:
+        return {**super().identity(), "teacher": str(self.teacher_spec.source or self.teacher_spec.config)}
+
+
+def same_tokenizer(student, teacher) -> bool:
+    """Whether two tokenizers give every text the same ids (padded heads and chat templates aside)."""
+    if student.get_vocab() != teacher.get_vocab():
+        return False
+    ours, theirs = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (student, teacher))
+    return all(ours[part] == theirs[part] for part in ("model", "normalizer", "pre_tokenizer"))

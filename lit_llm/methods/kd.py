@@ -1,0 +1,89 @@
+"""Vanilla knowledge distillation: the student's next-token distribution follows the teacher's, column by column."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor
+
+from lit_llm.data.batch import DistillationBatch
+from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.fused_head import HeadTerms, distillation
+from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.distillation import Distillation
+from lit_llm.models.language_model import ModelSpec
+
+
+class KD(Distillation):
+    """Distil a teacher that shares the student's vocabulary.
+
+    Loss per token: (1 - kd_weight) cross-entropy + kd_weight divergence (arXiv 2406.17328, section 2).
+
+    Args:
+        student: the model that is trained.
+        teacher: the frozen model.
+        kd_weight: share of the divergence; the rest goes to cross-entropy on the data. 0 to 1.
+        divergence: how the two distributions are compared, and at which temperature.
+        optimization: optimizer and schedule.
+        generation: answers generated during evaluation.
+        loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+    """
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        teacher: ModelSpec,
+        kd_weight: float = 0.5,
+        divergence: Divergence = Divergence(),
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),
+        loss_chunk: Optional[int] = None,
+    ) -> None:
+        super().__init__(student, teacher, optimization, generation, loss_chunk)
+        if not 0 <= kd_weight <= 1:
+            raise ValueError(f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher).")
+        self.kd_weight, self.divergence = kd_weight, divergence
+
+    def configure_model(self) -> None:
+        if self.teacher_tokenizer is not None:
+            raise ValueError(
+                f"KD compares the two models column by column, but their tokenizers differ: the student's has "
+                f"{len(self.student_tokenizer):,} tokens, the teacher's {len(self.teacher_tokenizer):,}, or other ones.\n"
+                f"  Use DSKD (configs/dskd_cross_tokenizer.yaml), which aligns them, or a teacher of the same family."
+            )
+        super().configure_model()
+
+    def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+        terms = self.loss(batch, self.teacher_hidden(batch), self.step_weight(batch, batch.step_tokens))
+
+        self.log_step({name: getattr(terms, name) for name in ("ce", "kd", "agree", "correct")}, terms.tokens)
+        self.log("train/loss", terms.loss.detach(), prog_bar=True)
+        return terms.loss
+
+    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, weight: float) -> HeadTerms:
+        return distillation(
+            self.student.hidden(batch.student),
+            self.student.head,
+            batch.student.target_T,
+            teacher_TE,
+            self.teacher.head,
+            self.divergence,
+            ce_weight=(1 - self.kd_weight) * weight,
+            kd_weight=self.kd_weight * weight,
+            chunk_size=self.loss_chunk,
+        )
+
+    def evaluate(self, batch: DistillationBatch, stage: str) -> None:
+        terms = self.loss(batch, self.evaluated_teacher_hidden(batch, stage), weight=1.0)
+        self.log_means(
+            stage,
+            {
+                "loss": terms.ce,
+                "accuracy": terms.correct,
+                "kd": terms.kd,
+                "agreement": terms.agree,
+                "teacher_loss": terms.teacher_ce,
+                "teacher_accuracy": terms.teacher_correct,
+            },
+            terms.tokens,
+        )
