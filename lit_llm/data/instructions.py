@@ -26,10 +26,10 @@ class Instructions(L.LightningDataModule):
 
     Args:
         train: rows to train on: a .jsonl, .jsonl.gz, .json, .parquet or .csv file, a folder written by
-            `datasets.save_to_disk`, a hub id, or `demo:train` for the set that is shipped.
+            `datasets.save_to_disk`, a hub id (a part of it: `NAME@train[:1000]`), or `demo:train` for the set that is
+            shipped.
         validation: rows to evaluate on while training. None: no validation.
         test: rows for the `test` and `predict` subcommands. None: no test.
-        hub_split: the part of a hub data set or of a saved `DatasetDict`.
         columns: our column -> the file's column. Ours are `prompt`, `response` and, optionally, `context`. A response
             that is a list of strings holds several references; the first one is trained on.
         template: how a prompt is written: `alpaca`, `plain` or `chat` (each tokenizer's own).
@@ -58,7 +58,6 @@ class Instructions(L.LightningDataModule):
         train: str = "demo:train",
         validation: Optional[str] = "demo:validation",
         test: Optional[str] = "demo:test",
-        hub_split: str = "train",
         columns: Optional[dict[str, str]] = None,
         template: Literal["alpaca", "plain", "chat"] = "chat",
         system: Optional[str] = None,
@@ -88,7 +87,7 @@ class Instructions(L.LightningDataModule):
             if value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
         self.sources = {"train": train, "validation": validation, "test": test}
-        self.hub_split, self.columns, self.limit = hub_split, columns or {}, limit
+        self.columns, self.limit = columns or {}, limit
         self.encoding = Encoding(
             template=template,
             system=system,
@@ -174,7 +173,7 @@ class Instructions(L.LightningDataModule):
         return InstructionBatches(examples, student.pad_token_id, None if teacher is None else teacher.pad_token_id)
 
     def _tokenized(self, split: Split) -> TokenizedSet:
-        rows = load_rows(self.sources[split], self.columns, ("prompt", "response"), self.hub_split)
+        rows = load_rows(self.sources[split], self.columns, ("prompt", "response"))
         if self.limit is not None:
             rows = rows.select(range(min(self.limit, len(rows))))
         student, teacher = self._tokenizers()

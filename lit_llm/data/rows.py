@@ -10,16 +10,15 @@ from lit_llm.storage import cache_folder
 _FORMATS = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...], split: str = "train"):
+def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...]):
     """Read a data set and rename its columns.
 
     Args:
         source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a folder written by
             `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the set that is shipped; else a
-            hub id, of which `split` is taken.
+            hub id. A folder or hub id may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
         columns: our name -> the file's name. Columns that are not named keep their own names.
         required: our names that must exist afterwards.
-        split: the part of a hub data set.
 
     Returns:
         A `datasets.Dataset`.
@@ -28,7 +27,7 @@ def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...], s
         FileNotFoundError: no such file.
         ValueError: unreadable file, empty file or missing columns (those found are listed).
     """
-    rows = _read(source, split)
+    rows = _read(source)
     if len(rows) == 0:
         raise ValueError(f"{source} holds no rows. Check the file, or point data.train / validation / test elsewhere.")
     wanted = {theirs: ours for ours, theirs in columns.items() if theirs != ours}
@@ -44,14 +43,15 @@ def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...], s
     return rows.remove_columns(clash).rename_columns(wanted)
 
 
-def _read(source: str, split: str):
+def _read(source: str):
     import datasets
 
     if source.startswith("demo:"):
         source = _demo_file(source.removeprefix("demo:"))
     path = Path(source)
-    if path.is_dir():
-        return _single(datasets.load_from_disk(str(path)), source, split)
+    name, _, split = source.partition("@")
+    if Path(name).is_dir():
+        return _single(datasets.load_from_disk(name), name, split or "train")
     if path.suffix in _FORMATS:
         if not path.is_file():
             raise FileNotFoundError(
@@ -68,7 +68,7 @@ def _read(source: str, split: str):
                 f"{source} could not be read as {_FORMATS[path.suffix]}: {cause}\n"
                 f"  A .jsonl file holds one JSON object a line, the same fields in each."
             ) from error
-    return _from_hub(source, split)
+    return _from_hub(name, split or "train")
 
 
 def _from_hub(source: str, split: str):
@@ -88,7 +88,7 @@ def _single(loaded, source: str, split: str):
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
-        raise ValueError(f"{source} has the parts {', '.join(loaded)}, not {split!r}. Set data.hub_split.")
+        raise ValueError(f"{source} has the parts {', '.join(loaded)}, not {split!r}. Name one: {source}@{next(iter(loaded))}.")
     return loaded[split]
 
 

@@ -1,0 +1,96 @@
+"""Whole runs of a few seconds: tiny models, tiny data, the real command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning as L
+import yaml
+
+from lit_llm.training_cli import TrainingCLI
+from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
+
+METHODS = ("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma")
+ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
+
+
+class DieAt(L.Callback):
+    """Ends the process's training like a crash, after a given number of optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("died on purpose")
+
+
+def write_rows(path: Path, number: int, start: int = 0) -> Path:
+    rows = []
+    for i in range(start, start + number):
+        animal, other = ANIMALS[i % 12], ANIMALS[(i * 5 + 3) % 12]
+        rows.append({"prompt": f"Name the {animal} number {i}.", "response": f"The {animal} {i} saw a {other}."})
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def tiny_config(folder: Path, method: str, **trainer) -> Path:
+    """Write models, data and a config for one of METHODS; the config's stem is the method's name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_level, cross = byte_level_tokenizer(), "cross" in method
+    student = tiny_model_folder(folder / "student", family="gpt2", tokenizer=byte_level, hidden_size=16, layers=2, seed=1)
+    teacher = tiny_model_folder(
+        folder / "teacher",
+        family="llama",
+        tokenizer=sentencepiece_tokenizer() if cross else byte_level,
+        hidden_size=32,
+        layers=2,
+        seed=2,
+    )
+    model = {
+        "student": {"source": str(student)},
+        "optimization": {"lr": 1e-2},
+        "generation": {"prompts": 2, "test_prompts": 2, "max_new_tokens": 4},
+    }
+    if method != "sft":
+        model["teacher"] = {"source": str(teacher)}
+    if method in ("dskd_v1", "dskd_cross_cma"):
+        model["projectors"] = {"version": "v1"}
+    config = {
+        "seed_everything": 3,
+        "model": {"class_path": method.split("_")[0].upper(), "init_args": model},
+        "data": {
+            "class_path": "Instructions",
+            "init_args": {
+                "train": str(write_rows(folder / "train.jsonl", 24)),
+                "validation": str(write_rows(folder / "validation.jsonl", 4, start=24)),
+                "test": str(write_rows(folder / "test.jsonl", 4, start=28)),
+                "template": "plain",
+                "max_length": 48,
+                "max_prompt_length": 24,
+                "batch_size": 4,
+                "eval_batch_size": 4,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 8,
+            "gradient_clip_val": 1.0,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **trainer,
+        },
+        "checkpoint": {"every_n_train_steps": 1},
+        "run": {"root": str(folder / "runs")},
+    }
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def fit(config: Path, *options: str) -> TrainingCLI:
+    """Run `fit` in this process."""
+    return TrainingCLI.run(["fit", "--config", str(config), *options])
