@@ -1,0 +1,275 @@
+"""Output head and loss together, by chunks of tokens; the gradient is formed in the forward pass.
+
+No tensor of [tokens, vocabulary] outlives a chunk, and nothing is recomputed: each chunk builds its own small autograd
+graph, is differentiated at once, and leaves behind gradients of the size of the hidden states and of the heads.
+
+Shapes: T rows (supervised tokens), C rows of a chunk, D and E widths, V and W vocabularies, K summed quantities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lit_llm.losses.divergence import Divergence
+
+_CHUNK_BYTES = 256 * 2**20
+_BYTES_PER_LOGIT = 24
+
+
+class Head(NamedTuple):
+    """An output head as tensors: hidden states to logits.
+
+    Attributes:
+        weight_VD: one row per token.
+        bias_V: added, where the architecture has one.
+        softcap: logits are softcap * tanh(logits / softcap), as in Gemma 2.
+        scale: logits are multiplied by it, before the cap.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __call__(self, hidden_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, V) logits."""
+        logits_TV = linear(hidden_TD, self.weight_VD, self.bias_V)
+        if self.scale != 1.0:
+            logits_TV = logits_TV * self.scale
+        return logits_TV if self.softcap is None else torch.tanh(logits_TV / self.softcap) * self.softcap
+
+    @property
+    def num_rows(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def detach(self) -> Head:
+        """The same numbers without gradient."""
+        return self._replace(weight_VD=self.weight_VD.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())
+
+    def rows(self, num: int) -> Head:
+        """The head of the first `num` tokens, for comparing vocabularies padded to different lengths."""
+        if num == self.num_rows:
+            return self
+        return self._replace(weight_VD=self.weight_VD[:num], bias_V=None if self.bias_V is None else self.bias_V[:num])
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that a gradient may reach."""
+        return (self.weight_VD,) if self.bias_V is None else (self.weight_VD, self.bias_V)
+
+    def with_parameters(self, parameters: Sequence[Tensor]) -> Head:
+        return self._replace(weight_VD=parameters[0], bias_V=parameters[1] if len(parameters) > 1 else None)
+
+
+class HeadTerms(NamedTuple):
+    """Sums over rows. `loss` is weighted and differentiable, the others are detached.
+
+    Attributes:
+        loss: the weighted sum.
+        tokens: number of rows.
+        ce: cross-entropy with the data.
+        correct: rows whose best token is the data's.
+        kd: divergence from the teacher.
+        agree: rows where student and teacher have the same best token.
+        teacher_ce: the teacher's cross-entropy with the data.
+        teacher_correct: rows where the teacher's best token is the data's.
+    """
+
+    loss: Tensor
+    tokens: int
+    ce: Tensor
+    correct: Tensor
+    kd: Tensor | None = None
+    agree: Tensor | None = None
+    teacher_ce: Tensor | None = None
+    teacher_correct: Tensor | None = None
+
+
+def cross_entropy(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size: int | None = None) -> HeadTerms:
+    """Sum over tokens of -log softmax(head(hidden))[target].
+
+    Args:
+        hidden_TD: last hidden states of supervised tokens.
+        head: a detached one gets no gradient.
+        target_T: token ids.
+        chunk_size: rows at a time; None chooses by the vocabulary.
+
+    Raises:
+        ValueError: rows and targets differ in number.
+    """
+    _same_rows(hidden=hidden_TD, target=target_T)
+
+    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+        hidden_CD, target_C = rows
+        log_q_CV, correct = token_log_probabilities(heads[0](hidden_CD), target_C)
+        ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
+        return ce, [ce, correct]
+
+    loss, (ce, correct) = sum_over_chunks(chunk, (hidden_TD, target_T), (head,), 2, chunk_size)
+    return HeadTerms(loss, len(target_T), ce, correct)
+
+
+def distillation(
+    student_TD: Tensor,
+    student_head: Head,
+    target_T: Tensor,
+    teacher_TE: Tensor,
+    teacher_head: Head,
+    divergence: Divergence,
+    *,
+    ce_weight: float,
+    kd_weight: float,
+    chunk_size: int | None = None,
+) -> HeadTerms:
+    """Sum over tokens of ce_weight * CE + kd_weight * divergence(student, teacher): vanilla KD (arXiv 2406.17328, eq. 3).
+
+    Vocabularies of one tokenizer that are padded to different lengths are compared over the shorter one.
+
+    Args:
+        student_TD: the student's hidden states, row t the same position as row t of the teacher.
+        student_head: trained, or detached.
+        target_T: token ids of the data.
+        teacher_TE: the teacher's hidden states; no gradient flows into them.
+        teacher_head: frozen.
+        divergence: compares the two distributions.
+        ce_weight: of cross-entropy, the caller's 1/denominator included.
+        kd_weight: of the divergence, likewise.
+        chunk_size: rows at a time; None chooses by the vocabularies.
+
+    Raises:
+        ValueError: numbers of rows differ.
+    """
+    _same_rows(student=student_TD, teacher=teacher_TE, target=target_T)
+    shared = min(student_head.num_rows, teacher_head.num_rows)
+    teacher_head = teacher_head.detach().rows(shared)
+
+    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+        student_CD, teacher_CE, target_C = rows
+        student_CV = heads[0](student_CD)
+        with torch.no_grad():
+            teacher_CV = teacher_head(teacher_CE)
+            teacher_log_CV, teacher_correct = token_log_probabilities(teacher_CV, target_C.clamp(max=shared - 1))
+            teacher_ce = -teacher_log_CV.gather(-1, target_C.clamp(max=shared - 1)[:, None]).sum()
+            agree = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum()
+        log_q_CV, correct = token_log_probabilities(student_CV, target_C)
+        ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
+        kd = divergence(student_CV[:, :shared], teacher_CV).sum()
+        return ce_weight * ce + kd_weight * kd, [ce, correct, kd, agree, teacher_ce, teacher_correct]
+
+    rows = (student_TD, teacher_TE.detach(), target_T)
+    loss, sums = sum_over_chunks(chunk, rows, (student_head,), 6, chunk_size, extra_logits=2 * shared)
+    ce, correct, kd, agree, teacher_ce, teacher_correct = sums
+    return HeadTerms(loss, len(target_T), ce, correct, kd, agree, teacher_ce, teacher_correct)
+
+
+def token_log_probabilities(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, V) log-probabilities in at least float32 and the number of rows whose best token is the target.
+
+    A logit that is not finite counts as 0, as in the published code.
+    """
+    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+    finite_TV = torch.isfinite(logits_TV)
+    if not finite_TV.all():
+        logits_TV = logits_TV.masked_fill(~finite_TV, 0.0)
+    return logits_TV.log_softmax(-1), (logits_TV.detach().argmax(-1) == target_T).sum()
+
+
+def automatic_chunk(logits_per_row: int) -> int:
+    """Rows of a chunk whose logits and their gradients fit in about 256 MB; at least 16."""
+    return max(16, _CHUNK_BYTES // (logits_per_row * _BYTES_PER_LOGIT))
+
+
+def sum_over_chunks(
+    function: Callable[[Sequence[Tensor], Sequence[Head]], tuple[Tensor, list[Tensor]]],
+    rows: Sequence[Tensor],
+    heads: Sequence[Head],
+    num_sums: int,
+    chunk_size: int | None = None,
+    extra_logits: int = 0,
+) -> tuple[Tensor, list[Tensor]]:
+    """Add up a loss over chunks of rows, forming the gradients on the way.
+
+    Args:
+        function: from the rows of one chunk and the heads to (weighted loss, list of K sums). What it closes over gets
+            no gradient.
+        rows: tensors with the same first dimension; floating ones that require gradients receive them.
+        heads: output heads; parameters that require gradients receive them, accumulated in at least float32.
+        num_sums: K.
+        chunk_size: rows at a time; None chooses by the heads.
+        extra_logits: logits per row that `function` makes beside those of `heads`, for the automatic size.
+
+    Returns:
+        The loss (differentiable with respect to rows and heads) and the K detached sums.
+    """
+    if chunk_size is None:
+        chunk_size = automatic_chunk(sum(head.num_rows for head in heads) + extra_logits)
+    flat = [parameter for head in heads for parameter in head.parameters()]
+    results = _SumOverChunks.apply(function, tuple(heads), num_sums, chunk_size, len(rows), *rows, *flat)
+    return results[0], list(results[1:])
+
+
+class _SumOverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, heads, num_sums, chunk_size, num_rows, *tensors):
+        rows, parameters = tensors[:num_rows], tensors[num_rows:]
+        wanted = ctx.needs_input_grad[5:]
+        leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, wanted[num_rows:], strict=True)]
+        chunk_heads = _regroup(heads, leaves)
+        row_gradients = [torch.zeros_like(t) if need else None for t, need in zip(rows, wanted, strict=False)]
+        head_gradients = [
+            torch.zeros_like(p, dtype=_accumulator(p)) if need else None
+            for p, need in zip(parameters, wanted[num_rows:], strict=True)
+        ]
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        totals = [torch.zeros((), dtype=dtype, device=tensors[0].device) for _ in range(1 + num_sums)]
+        for start in range(0, rows[0].shape[0], chunk_size):
+            span = slice(start, start + chunk_size)
+            with torch.set_grad_enabled(any(wanted)):
+                pieces = [t[span].detach().requires_grad_(need) for t, need in zip(rows, wanted, strict=False)]
+                loss, sums = function(pieces, chunk_heads)
+            for total, value in zip(totals, (loss, *sums), strict=True):
+                total += value.detach()
+            if loss.requires_grad:
+                _add_gradients(loss, pieces, leaves, row_gradients, head_gradients, span)
+        ctx.save_for_backward(*row_gradients, *head_gradients)
+        ctx.dtypes = [t.dtype for t in tensors]
+        ctx.mark_non_differentiable(*totals[1:])
+        return tuple(totals)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        gradients = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, None, None, *gradients)
+
+
+def _add_gradients(loss, pieces, leaves, row_gradients, head_gradients, span) -> None:
+    sources = [t for t in (*pieces, *leaves) if t.requires_grad]
+    gradients = iter(torch.autograd.grad(loss, sources, allow_unused=True))
+    for piece, total in zip(pieces, row_gradients, strict=True):
+        if piece.requires_grad and (gradient := next(gradients)) is not None:
+            total[span] = gradient
+    for leaf, total in zip(leaves, head_gradients, strict=True):
+        if leaf.requires_grad and (gradient := next(gradients)) is not None:
+            total += gradient
+
+
+def _regroup(heads: Sequence[Head], leaves: Sequence[Tensor]) -> list[Head]:
+    remaining = iter(leaves)
+    return [head.with_parameters([next(remaining) for _ in head.parameters()]) for head in heads]
+
+
+def _accumulator(parameter: Tensor) -> torch.dtype:
+    return parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+
+
+def _same_rows(**tensors: Tensor) -> None:
+    counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError("Rows must be paired one to one, but there are " + ", ".join(f"{n} {k}" for k, n in counts.items()))
