@@ -14,7 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from lit_llm.data.vocabulary import TokenSpellings, spellings_from_strings, token_bytes, token_spellings
+from lit_llm.data.vocabulary import (
+    TokenSpellings,
+    spellings_from_strings,
+    token_bytes,
+    token_spellings,
+    without_markers,
+)
 
 __all__ = [
     "TokenSpellings",
@@ -116,9 +122,9 @@ def align_released(
     Returns:
         Indices into the student's and into the teacher's tokens, both strictly increasing.
     """
-    student = [_without_markers(token) for token in student_tokens]
-    teacher = [_without_markers(token) for token in teacher_tokens]
-    ends = (_without_markers(student_eos), _without_markers(teacher_eos))
+    student = [without_markers(token) for token in student_tokens]
+    teacher = [without_markers(token) for token in teacher_tokens]
+    ends = (without_markers(student_eos), without_markers(teacher_eos))
     race, pairs, i, j = _Race(), [], 0, 0
     while i < len(student) and j < len(teacher):
         lead = race.lead
@@ -177,7 +183,3 @@ def _spans(tokens: list[bytes], cut: int) -> zip[tuple[int, int]]:
     """Half-open byte spans after `cut` bytes at the start were removed."""
     ends = [max(end - cut, 0) for end in accumulate(map(len, tokens))]
     return zip([0, *ends], ends)
-
-
-def _without_markers(token: str) -> str:
-    return token.replace("▁", "").replace("Ġ", "")

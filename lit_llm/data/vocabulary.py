@@ -176,7 +176,7 @@ def released_teacher_to_student_ids(
     teacher: PreTrainedTokenizerFast | TokenSpellings,
     num_teacher_rows: int | None = None,
 ) -> Tensor:
-    """The map of the released DSKD v2: the teacher's raw string looked up among the student's.
+    """The map of the released DSKD v2: the teacher's raw string looked up among the student's, eos mapped to eos.
 
     What is unknown becomes the student's unk token, which for GPT-2 is the end of the text, or -1 without one.
 
@@ -187,6 +187,7 @@ def released_teacher_to_student_ids(
     student_ids = {string: i for i, string in enumerate(student.strings) if string}
     unknown = -1 if student.unk_id is None else student.unk_id
     found = {i: student_ids.get(string, unknown) for i, string in enumerate(teacher.strings)}
+    found[teacher.eos_id] = student.eos_id
     return _table(found, num_teacher_rows or len(teacher))
 
 
@@ -220,6 +221,16 @@ def is_byte_fallback(string: str) -> bool:
     if len(string) != 6 or not string.startswith("<0x") or string[5] != ">":
         return False
     return all(character in "0123456789ABCDEFabcdef" for character in string[3:5])
+
+
+def without_markers(string: str) -> str:
+    """A token string without any space marker of either kind, as the released code compares them."""
+    return string.replace(SENTENCEPIECE_MARKER, "").replace(BYTE_LEVEL_MARKER, "")
+
+
+def with_one_marker(string: str) -> str:
+    """A token string with `▁` for either kind of space marker."""
+    return string.replace(BYTE_LEVEL_MARKER, SENTENCEPIECE_MARKER)
 
 
 def _byte_level_table() -> dict[str, int]:
@@ -259,17 +270,13 @@ def _spellings(side: PreTrainedTokenizerFast | TokenSpellings) -> TokenSpellings
     return side if isinstance(side, TokenSpellings) else token_spellings(side)
 
 
-def _same_marker(string: str) -> str:
-    return string.replace(BYTE_LEVEL_MARKER, SENTENCEPIECE_MARKER)
-
-
 def _ids_by_string(side: TokenSpellings) -> dict[str, int]:
     """Ids by string with one marker for spaces; a token that needs no rewriting goes first, then the lower id."""
     ids: dict[str, int] = {}
     for rewritten in (False, True):
         for i, string in enumerate(side.strings):
             if string and (BYTE_LEVEL_MARKER in string) == rewritten:
-                ids.setdefault(_same_marker(string), i)
+                ids.setdefault(with_one_marker(string), i)
     return ids
 
 
@@ -294,12 +301,12 @@ def _counterparts(source: TokenSpellings, target: TokenSpellings) -> dict[int, i
     for fallback in (False, True):
         for i, (string, content) in enumerate(zip(target.strings, target.bytes, strict=True)):
             if content and is_byte_fallback(string) == fallback:
-                same.setdefault((content, _same_marker(string)), i)
+                same.setdefault((content, with_one_marker(string)), i)
                 best.setdefault(content, i)
     found = {}
     for i, (string, content) in enumerate(zip(source.strings, source.bytes, strict=True)):
         if content and content in best:
-            found[i] = same.get((content, _same_marker(string)), best[content])
+            found[i] = same.get((content, with_one_marker(string)), best[content])
     return found
 
 

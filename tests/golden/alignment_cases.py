@@ -64,7 +64,7 @@ def stored_vocabularies(folder: Path, json_file: str) -> tuple[TokenSpellings, T
 
 
 def released_overlap(student: TokenSpellings, teacher: TokenSpellings, *, eos_by_role: bool) -> tuple[Tensor, Tensor]:
-    """Shared tokens by string; the newer framework appends the pair of eos tokens, DSKD v2 does not."""
+    """Shared tokens by string. Only the kind `simple_cross_tokenizer_kd` appends the pair of eos tokens."""
     student_K, teacher_K = shared_tokens(student, teacher, mode="string")
     if not eos_by_role or student.eos_id in student_K:
         return student_K, teacher_K
@@ -89,6 +89,18 @@ def released_pairs(
 ) -> tuple[list[int], list[int]]:
     """Aligned indices among the labelled tokens of one sample (or of a flattened batch) by the released rule."""
     return align_answers(student_labels, teacher_labels, student, teacher, rule="released")
+
+
+def newer_pairs(
+    student_labels: Sequence[int], teacher_labels: Sequence[int], student: TokenSpellings, teacher: TokenSpellings
+) -> tuple[list[int], list[int]]:
+    """Aligned indices as in the newer framework: the rule walks on across samples, for both eos read as one string.
+
+    `lit_llm` aligns each sample by itself, so this exists for the golden cases only.
+    """
+    sides = ((student_labels, student), (teacher_labels, teacher))
+    strings = [["<eos>" if i == side.eos_id else side.strings[i] for i in labels] for labels, side in sides]
+    return align_released(*strings, student_eos="<eos>", teacher_eos="<eos>")
 
 
 def released_pairs_of_batch(
