@@ -76,7 +76,7 @@ class Divergence:
         Returns:
             (T,) in float32, or float64 for float64 input. Vocabulary entries where either logit is not finite add 0.
         """
-        student_TV, teacher_TV = _at_least_float32(student_TV), _at_least_float32(teacher_TV.detach())
+        student_TV, teacher_TV = at_least_float32(student_TV), at_least_float32(teacher_TV.detach())
         if self.name == "hierarchical_ranking":
             return hierarchical_ranking(student_TV.softmax(-1), teacher_TV.softmax(-1))
         finite_TV = torch.isfinite(student_TV) & torch.isfinite(teacher_TV)
@@ -195,5 +195,5 @@ def _silenced(log_TV: Tensor, finite_TV: Tensor | None) -> Tensor:
     return log_TV if finite_TV is None else log_TV.masked_fill(~finite_TV, 0.0)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -90,7 +90,19 @@ class DualSpaceTerms(NamedTuple):
     agree: Tensor
 
 
-_SUMS = ("ce", "t2s_ce", "t2s_kd", "s2t_kd", "mapped", "masked", "correct", "t2s_correct", "t2s_agree", "s2t_agree", "agree")
+_SUMS = (
+    "ce",
+    "t2s_ce",
+    "t2s_kd",
+    "s2t_kd",
+    "mapped",
+    "masked",
+    "correct",
+    "t2s_correct",
+    "t2s_agree",
+    "s2t_agree",
+    "agree",
+)
 
 
 def dual_space(

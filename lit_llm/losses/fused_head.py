@@ -49,7 +49,9 @@ class Head(NamedTuple):
 
     def detach(self) -> Head:
         """The same numbers without gradient."""
-        return self._replace(weight_VD=self.weight_VD.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach())
+        return self._replace(
+            weight_VD=self.weight_VD.detach(), bias_V=None if self.bias_V is None else self.bias_V.detach()
+        )
 
     def rows(self, num: int) -> Head:
         """The head of the first `num` tokens, for comparing vocabularies padded to different lengths."""
@@ -178,6 +180,13 @@ def token_log_probabilities(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor
     return logits_TV.log_softmax(-1), (logits_TV.detach().argmax(-1) == target_T).sum()
 
 
+def paired_first(pair_A: Tensor, num_rows: int) -> Tensor:
+    """An order of all rows that starts with the paired ones, so that pairs and rows can be walked over together."""
+    unpaired = torch.ones(num_rows, dtype=torch.bool, device=pair_A.device)
+    unpaired[pair_A] = False
+    return torch.cat([pair_A, unpaired.nonzero().squeeze(1)])
+
+
 def automatic_chunk(logits_per_row: int) -> int:
     """Rows of a chunk whose logits and their gradients fit in about 256 MB; at least 16."""
     return max(16, _CHUNK_BYTES // (logits_per_row * _BYTES_PER_LOGIT))
@@ -196,7 +205,8 @@ def sum_over_chunks(
     Args:
         function: from the rows of one chunk and the heads to (weighted loss, list of K sums). What it closes over gets
             no gradient.
-        rows: tensors with the same first dimension; floating ones that require gradients receive them.
+        rows: tensors that are cut alike; the first is the longest, shorter ones run out early. Floating ones that
+            require gradients receive them.
         heads: output heads; parameters that require gradients receive them, accumulated in at least float32.
         num_sums: K.
         chunk_size: rows at a time; None chooses by the heads.
@@ -272,4 +282,6 @@ def _accumulator(parameter: Tensor) -> torch.dtype:
 def _same_rows(**tensors: Tensor) -> None:
     counts = {name: tensor.shape[0] for name, tensor in tensors.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError("Rows must be paired one to one, but there are " + ", ".join(f"{n} {k}" for k, n in counts.items()))
+        raise ValueError(
+            "Rows must be paired one to one, but there are " + ", ".join(f"{n} {k}" for k, n in counts.items())
+        )
