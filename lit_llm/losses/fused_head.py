@@ -77,8 +77,6 @@ class HeadTerms(NamedTuple):
         correct: rows whose best token is the data's.
         kd: divergence from the teacher.
         agree: rows where student and teacher have the same best token.
-        teacher_ce: the teacher's cross-entropy with the data.
-        teacher_correct: rows where the teacher's best token is the data's.
     """
 
     loss: Tensor
@@ -87,8 +85,6 @@ class HeadTerms(NamedTuple):
     correct: Tensor
     kd: Tensor | None = None
     agree: Tensor | None = None
-    teacher_ce: Tensor | None = None
-    teacher_correct: Tensor | None = None
 
 
 def cross_entropy(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size: int | None = None) -> HeadTerms:
@@ -154,18 +150,16 @@ def distillation(
         student_CV = heads[0](student_CD)
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CE)
-            teacher_log_CV, teacher_correct = token_log_probabilities(teacher_CV, target_C.clamp(max=shared - 1))
-            teacher_ce = -teacher_log_CV.gather(-1, target_C.clamp(max=shared - 1)[:, None]).sum()
             agree = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum()
         log_q_CV, correct = token_log_probabilities(student_CV, target_C)
         ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
         kd = divergence(student_CV[:, :shared], teacher_CV).sum()
-        return ce_weight * ce + kd_weight * kd, [ce, correct, kd, agree, teacher_ce, teacher_correct]
+        return ce_weight * ce + kd_weight * kd, [ce, correct, kd, agree]
 
     rows = (student_TD, teacher_TE.detach(), target_T)
-    loss, sums = sum_over_chunks(chunk, rows, (student_head,), 6, chunk_size, extra_logits=2 * shared)
-    ce, correct, kd, agree, teacher_ce, teacher_correct = sums
-    return HeadTerms(loss, len(target_T), ce, correct, kd, agree, teacher_ce, teacher_correct)
+    loss, sums = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=2 * shared)
+    ce, correct, kd, agree = sums
+    return HeadTerms(loss, len(target_T), ce, correct, kd, agree)
 
 
 def token_log_probabilities(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.losses.fused_head import HeadTerms, cross_entropy
 from lit_llm.methods.base import Generation, Method, Optimization
 from lit_llm.models.language_model import Frozen, ModelSpec
 
@@ -37,6 +38,7 @@ class Distillation(Method):
         super().__init__(student, optimization, generation, loss_chunk)
         self.teacher_spec = teacher
         self._evaluated_hidden: dict[tuple, Tensor] = {}
+        self._evaluated_terms: dict[tuple, HeadTerms] = {}
 
     def configure_model(self) -> None:
         super().configure_model()
@@ -64,6 +66,16 @@ class Distillation(Method):
                 return hidden
             self._evaluated_hidden[key] = hidden.cpu()
         return self._evaluated_hidden[key].to(self.device)
+
+    def evaluate_teacher(self, hidden: Tensor, batch: DistillationBatch, stage: str) -> None:
+        """Log the teacher's own loss and accuracy, per token of its tokenizer; formed once, for they never change."""
+        tokens, key = batch.student if batch.teacher is None else batch.teacher, (stage, batch.examples)
+        if key not in self._evaluated_terms:
+            self._evaluated_terms[key] = cross_entropy(
+                hidden, self.teacher.head, tokens.target_T, chunk_size=self.loss_chunk
+            )
+        terms = self._evaluated_terms[key]
+        self.log_means(stage, {"teacher_loss": terms.ce, "teacher_accuracy": terms.correct}, terms.tokens)
 
     def identity(self) -> dict:
         return {**super().identity(), "teacher": str(self.teacher_spec.source or self.teacher_spec.config)}

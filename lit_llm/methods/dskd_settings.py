@@ -33,7 +33,7 @@ class Projectors:
         topk_vocab: tokens used for the closed form, by student id; -1: all.
         rcond: relative cut-off of singular values; None: max(rows, width) * 1.19e-7, as released.
         center_heads: subtract the columns' means first; better in distribution, not in the papers.
-        cma_std: scale of the attention's inputs, over `labelled` positions or over `padded` ones as released.
+        spaces: `both`, or only the terms of the `student` or the `teacher` space.
     """
 
     version: Literal["v1", "v2"] = "v2"
@@ -52,7 +52,7 @@ class Projectors:
     topk_vocab: int = -1
     rcond: Optional[float] = None
     center_heads: bool = False
-    cma_std: Literal["labelled", "padded"] = "labelled"
+    spaces: Literal["both", "student", "teacher"] = "both"
 
     def resolved(self, same_tokenizer: bool) -> Projectors:
         """The settings with every open field filled from the preset.

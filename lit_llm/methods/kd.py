@@ -56,7 +56,8 @@ class KD(Distillation):
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         terms = self.loss(batch, self.teacher_hidden(batch), self.step_weight(batch, batch.step_tokens))
 
-        self.log_step({name: getattr(terms, name) for name in ("ce", "kd", "agree", "correct")}, terms.tokens)
+        means = {"ce": terms.ce, "kd": terms.kd, "agreement": terms.agree, "accuracy": terms.correct}
+        self.log_step(means, terms.tokens)
         self.log("train/loss", terms.loss.detach(), prog_bar=True)
         return terms.loss
 
@@ -74,16 +75,8 @@ class KD(Distillation):
         )
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
-        terms = self.loss(batch, self.evaluated_teacher_hidden(batch, stage), weight=1.0)
-        self.log_means(
-            stage,
-            {
-                "loss": terms.ce,
-                "accuracy": terms.correct,
-                "kd": terms.kd,
-                "agreement": terms.agree,
-                "teacher_loss": terms.teacher_ce,
-                "teacher_accuracy": terms.teacher_correct,
-            },
-            terms.tokens,
-        )
+        hidden = self.evaluated_teacher_hidden(batch, stage)
+        terms = self.loss(batch, hidden, weight=1.0)
+        means = {"loss": terms.ce, "accuracy": terms.correct, "kd": terms.kd, "agreement": terms.agree}
+        self.log_means(stage, means, terms.tokens)
+        self.evaluate_teacher(hidden, batch, stage)
