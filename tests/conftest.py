@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests import tiny
+
+# A busy machine is slow, not wrong.
+settings.register_profile("lit_llm", deadline=None)
+settings.load_profile("lit_llm")
 
 
 @pytest.fixture(scope="session")
