@@ -9,24 +9,26 @@ teacher and S h_s the projected student, sg = stop gradient:
     t2s_kd  = Div(z_s, sg(z_ts))             trains the student, where the mask allows
     s2t_kd  = Div(z_st, z_t)                 trains S and the student's body
 
-All four logits of a chunk exist together, and only then. Differences from the authors' code: the agreement fraction is
-over labelled tokens (theirs can exceed 1), empty sets give 0, predictions without a counterpart are dropped.
+Three walks over chunks of rows: z_t with z_st, then z_ts, whose predictions decide which rows the mask keeps and what is
+divided by what, then z_s, with z_ts formed anew for the rows that count. Differences from the authors' code: the
+agreement fraction is over labelled tokens (theirs can exceed 1), empty sets give 0, predictions without a counterpart
+are dropped.
 
-Shapes: T supervised student rows, A paired rows, U supervised teacher rows, C rows of a chunk, D and E widths, V and W
-vocabularies.
+Shapes: T supervised student rows, A paired rows, U supervised teacher rows, M rows that count in t2s_kd, C rows of a
+chunk, N of them that count (N <= C), D and E widths, V and W vocabularies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, automatic_chunk, sum_over_chunks, token_log_probabilities
+from lit_llm.losses.fused_head import Head, paired_first, sum_over_chunks, token_log_probabilities
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,20 @@ class DualSpace:
         student_space: divergence of z_s from z_ts.
         teacher_space: divergence of z_st from z_t.
         teacher_target: label of t2s_ce.
-        student_mask: rows that count in t2s_kd.
+        student_mask: rows that count in t2s_kd: all, those where z_ts predicts the data (`correct`) or its label
+            (`agree`).
         masked_mean: t2s_kd is divided by the rows that its mask keeps in this call (`agreeing`), or as the other terms.
         agreement_threshold: above this share of agreeing rows nothing is masked.
-        spaces: `both`, or only the terms of one.
+        spaces: `both`, or only the terms of one; the others are not computed and count as 0.
     """
 
-    student_space: Divergence = Divergence()
-    teacher_space: Divergence = Divergence()
+    student_space: Divergence = field(default_factory=Divergence)
+    teacher_space: Divergence = field(default_factory=Divergence)
     teacher_target: Literal["gold", "teacher"] = "teacher"
     student_mask: Literal["none", "correct", "agree"] = "agree"
     masked_mean: Literal["agreeing", "labelled"] = "agreeing"
     agreement_threshold: float = 1.0
     spaces: Literal["both", "student", "teacher"] = "both"
-
-    @property
-    def needs_counts_first(self) -> bool:
-        """Whether a weight depends on predictions of the whole call."""
-        return self.student_mask != "none" and (self.masked_mean == "agreeing" or self.agreement_threshold < 1)
 
 
 class DualSpaceTerms(NamedTuple):
@@ -88,21 +86,6 @@ class DualSpaceTerms(NamedTuple):
     t2s_agree: Tensor
     s2t_agree: Tensor
     agree: Tensor
-
-
-_SUMS = (
-    "ce",
-    "t2s_ce",
-    "t2s_kd",
-    "s2t_kd",
-    "mapped",
-    "masked",
-    "correct",
-    "t2s_correct",
-    "t2s_agree",
-    "s2t_agree",
-    "agree",
-)
 
 
 def dual_space(
@@ -143,28 +126,36 @@ def dual_space(
     Raises:
         ValueError: numbers of rows that do not fit.
     """
-    num_pairs = teacher_AE.shape[0]
-    _check_rows(student_TD, target_T, num_pairs, pair_student_A, projected_teacher_AD, projected_student_AE)
-    comparison = _Comparison(settings, student_head.detach(), teacher_head.detach(), teacher_to_student_W)
-    paired_AD, gold_A, rest_TD, rest_T = _split(student_TD, target_T, pair_student_A)
-    chunk_size = chunk_size or automatic_chunk(2 * student_head.num_rows + 2 * teacher_head.num_rows)
+    rows_A = torch.arange(len(target_T), device=target_T.device) if pair_student_A is None else pair_student_A
+    _check_rows(student_TD, target_T, rows_A, teacher_AE, projected_teacher_AD, projected_student_AE)
+    gold_A = target_T[rows_A]
 
-    counts = None
-    if settings.needs_counts_first:
-        counts = comparison.count(teacher_AE, projected_teacher_AD, gold_A, chunk_size)
-    elif kd_denominator is None:
-        counts = comparison.count(teacher_AE, None, gold_A, chunk_size)
-    weights = _weights(settings, kd_weight, kd_denominator, counts)
-
-    def paired(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
-        return comparison.terms(*rows, heads[0], ce_weight, weights)
-
-    rows = (paired_AD, gold_A, teacher_AE.detach(), projected_teacher_AD, projected_student_AE)
-    loss, sums = sum_over_chunks(paired, rows, (student_head,), len(_SUMS), chunk_size)
-    named = dict(zip(_SUMS, sums, strict=True))
-    if rest_TD is not None:
-        loss = loss + _add_unpaired(named, rest_TD, rest_T, student_head, ce_weight, chunk_size)
-    return DualSpaceTerms(loss=loss, tokens=len(target_T), pairs=num_pairs, **named)
+    teacher = _teacher_space(
+        settings,
+        teacher_AE,
+        teacher_head,
+        projected_student_AE,
+        gold_A,
+        teacher_to_student_W,
+        student_head.num_rows,
+        chunk_size,
+    )
+    projected = _projected_teacher(settings, projected_teacher_AD, student_head, teacher.label_A, chunk_size)
+    mapped = (teacher.label_A >= 0).sum()
+    weight = kd_weight / (mapped.clamp(min=1) if kd_denominator is None else kd_denominator)
+    student = _student_space(
+        settings,
+        student_TD,
+        target_T,
+        student_head,
+        projected_teacher_AD.detach(),
+        rows_A,
+        *_counting(settings, teacher.label_A, projected.best_A, gold_A, kd_weight, weight),
+        teacher.label_A,
+        ce_weight,
+        chunk_size,
+    )
+    return _collect(student, projected, teacher, weight, gold_A, tokens=len(target_T))
 
 
 def dual_space_cma(
@@ -184,8 +175,9 @@ def dual_space_cma(
 ) -> DualSpaceTerms:
     """DSKD with cross-model attention: every student row has an attended teacher state and the other way round.
 
-    The labels of t2s_ce are the gold tokens; the mask `correct` (or `agree`, here the same) keeps the rows where the
-    projected teacher predicts them (arXiv 2406.17328, section 3.3). All terms are divided by `kd_denominator`.
+    A student's row has no prediction of the teacher, so the labels of t2s_ce are always the gold tokens, and the masks
+    `correct` and `agree` are the same (arXiv 2406.17328, section 3.3). In the result `pairs` are the student's rows, and
+    `s2t_agree` is of the teacher's.
 
     Args:
         student_TD: the student's hidden states of its supervised rows.
@@ -204,189 +196,195 @@ def dual_space_cma(
     Raises:
         ValueError: numbers of rows that do not fit.
     """
-    _check_rows(student_TD, target_T, len(target_T), None, projected_teacher_TD, projected_teacher_TD)
-    fixed_student, fixed_teacher = student_head.detach(), teacher_head.detach()
+    rows_T = torch.arange(len(target_T), device=target_T.device)
+    _check_rows(student_TD, target_T, rows_T, projected_teacher_TD, projected_teacher_TD, projected_teacher_TD)
+    _check_rows(teacher_UE, teacher_UE, teacher_UE, teacher_UE, projected_student_UE, projected_student_UE)
+    all_U = torch.zeros(len(teacher_UE), dtype=torch.int64, device=target_T.device)
+    settings = replace(settings, teacher_target="gold")
+
+    teacher = _teacher_space(settings, teacher_UE, teacher_head, projected_student_UE, all_U, None, 1, chunk_size)
+    projected = _projected_teacher(settings, projected_teacher_TD, student_head, target_T, chunk_size)
     weight = kd_weight / kd_denominator
+    student = _student_space(
+        settings,
+        student_TD,
+        target_T,
+        student_head,
+        projected_teacher_TD.detach(),
+        rows_T,
+        *_counting(settings, target_T, projected.best_A, target_T, kd_weight, weight),
+        target_T,
+        ce_weight,
+        chunk_size,
+    )
+    return _collect(student, projected, teacher._replace(label_A=target_T), weight, target_T, tokens=len(target_T))
 
-    def student_side(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
-        student_CD, gold_C, projected_CD = rows
-        student_CV, projected_CV = heads[0](student_CD), fixed_student(projected_CD)
-        keep_C = torch.ones_like(gold_C, dtype=torch.bool)
-        space = _student_space(settings, student_CV, projected_CV, gold_C, gold_C, keep_C)
-        loss = ce_weight * space["ce"] + weight * (space["t2s_ce"] + space["t2s_kd"]) * (settings.spaces != "teacher")
-        return loss, [space[name] for name in _STUDENT_SUMS]
 
-    def teacher_side(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
-        teacher_CE, projected_CE = rows
+class _TeacherSpace(NamedTuple):
+    loss: Tensor
+    s2t_kd: Tensor
+    s2t_agree: Tensor
+    label_A: Tensor
+
+
+class _ProjectedTeacher(NamedTuple):
+    loss: Tensor
+    t2s_ce: Tensor
+    best_A: Tensor
+
+
+class _StudentSpace(NamedTuple):
+    loss: Tensor
+    ce: Tensor
+    t2s_kd: Tensor
+    masked: Tensor
+    correct: Tensor
+    agree: Tensor
+
+
+def _teacher_space(
+    settings: DualSpace,
+    teacher_AE: Tensor,
+    teacher_head: Head,
+    projected_student_AE: Tensor,
+    gold_A: Tensor,
+    teacher_to_student_W: Tensor | None,
+    num_student: int,
+    chunk_size: int | None,
+) -> _TeacherSpace:
+    """Sum of Div(z_st, z_t) over the rows that have a label, and the labels of t2s_ce (-1 where there is none)."""
+    fixed, label_A = teacher_head.detach(), gold_A.clone()
+
+    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+        index_C, teacher_CE, projected_CE = rows
         with torch.no_grad():
-            teacher_CW = fixed_teacher(teacher_CE)
-        projected_CW = fixed_teacher(projected_CE)
-        kd = settings.teacher_space(projected_CW, teacher_CW).sum()
-        agree = (projected_CW.argmax(-1) == teacher_CW.argmax(-1)).sum()
-        return weight * kd * (settings.spaces != "student"), [kd, agree]
-
-    rows = (student_TD, target_T, projected_teacher_TD)
-    loss, sums = sum_over_chunks(student_side, rows, (student_head,), len(_STUDENT_SUMS), chunk_size)
-    rows = (teacher_UE.detach(), projected_student_UE)
-    other, (s2t_kd, s2t_agree) = sum_over_chunks(teacher_side, rows, (fixed_teacher,), 2, chunk_size)
-    named = dict(zip(_STUDENT_SUMS, sums, strict=True), s2t_kd=s2t_kd, s2t_agree=s2t_agree)
-    return DualSpaceTerms(loss=loss + other, tokens=len(target_T), pairs=len(target_T), **named)
-
-
-_STUDENT_SUMS = ("ce", "t2s_ce", "t2s_kd", "mapped", "masked", "correct", "t2s_correct", "t2s_agree", "agree")
-
-
-class _Weights(NamedTuple):
-    """Factors of the three distillation sums, and whether t2s_kd is masked."""
-
-    t2s_ce: float | Tensor
-    t2s_kd: float | Tensor
-    s2t_kd: float | Tensor
-    masked: bool | Tensor
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The computation of one chunk of pairs."""
-
-    settings: DualSpace
-    student_head: Head
-    teacher_head: Head
-    teacher_to_student_W: Tensor | None
-
-    def terms(
-        self,
-        student_CD: Tensor,
-        gold_C: Tensor,
-        teacher_CE: Tensor,
-        projected_teacher_CD: Tensor,
-        projected_student_CE: Tensor,
-        live_head: Head,
-        ce_weight: float,
-        weights: _Weights,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The weighted loss of a chunk and its sums in the order of _SUMS."""
-        with torch.no_grad():
-            teacher_CW = self.teacher_head(teacher_CE)
+            teacher_CW = fixed(teacher_CE)
             prediction_C = teacher_CW.argmax(-1)
-        label_C, keep_C = self.labels(prediction_C, gold_C)
-        student_CV, projected_CV = live_head(student_CD), self.student_head(projected_teacher_CD)
-        space = _student_space(self.settings, student_CV, projected_CV, label_C, gold_C, keep_C, weights.masked)
-        projected_CW = self.teacher_head(projected_student_CE)
-        s2t_C = self.settings.teacher_space(projected_CW, teacher_CW)
-        space["s2t_kd"] = s2t_C.masked_fill(~keep_C, 0.0).sum()
-        space["s2t_agree"] = (projected_CW.argmax(-1) == prediction_C).sum()
-        loss = ce_weight * space["ce"]
-        if self.settings.spaces != "teacher":
-            loss = loss + weights.t2s_ce * space["t2s_ce"] + weights.t2s_kd * space["t2s_kd"]
-        if self.settings.spaces != "student":
-            loss = loss + weights.s2t_kd * space["s2t_kd"]
-        return loss, [space[name] for name in _SUMS]
+        if settings.teacher_target == "teacher":
+            label_A[index_C] = _mapped(prediction_C, teacher_to_student_W, num_student)
+        if settings.spaces == "student":
+            return projected_CE.new_zeros(()), [prediction_C.new_zeros(()), prediction_C.new_zeros(())]
+        projected_CW = fixed(projected_CE)
+        kd = settings.teacher_space(projected_CW, teacher_CW).masked_fill(label_A[index_C] < 0, 0.0).sum()
+        return kd, [kd, (projected_CW.argmax(-1) == prediction_C).sum()]
 
-    def labels(self, prediction_C: Tensor, gold_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(C,) labels of t2s_ce and whether a label exists."""
-        if self.settings.teacher_target == "gold":
-            return gold_C, torch.ones_like(gold_C, dtype=torch.bool)
-        label_C = prediction_C if self.teacher_to_student_W is None else self.teacher_to_student_W[prediction_C]
-        keep_C = (label_C >= 0) & (label_C < self.student_head.num_rows)
-        return label_C.where(keep_C, 0), keep_C
+    rows = (_indices(teacher_AE), teacher_AE.detach(), projected_student_AE)
+    loss, (kd, agree) = sum_over_chunks(chunk, rows, (), 2, chunk_size, extra_logits=2 * fixed.num_rows)
+    return _TeacherSpace(loss, kd, agree, label_A)
 
-    @torch.no_grad()
-    def count(
-        self, teacher_AE: Tensor, projected_teacher_AD: Tensor | None, gold_A: Tensor, chunk_size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Mapped pairs, and those that the mask of t2s_kd keeps, before any loss is formed."""
-        mapped = masked = torch.zeros((), dtype=torch.int64, device=gold_A.device)
-        for start in range(0, len(gold_A), chunk_size):
-            span = slice(start, start + chunk_size)
-            prediction_C = self.teacher_head(teacher_AE[span]).argmax(-1)
-            label_C, keep_C = self.labels(prediction_C, gold_A[span])
-            mapped = mapped + keep_C.sum()
-            if projected_teacher_AD is not None:
-                best_C = self.student_head(projected_teacher_AD[span]).argmax(-1)
-                reference_C = gold_A[span] if self.settings.student_mask == "correct" else label_C
-                masked = masked + (keep_C & (best_C == reference_C)).sum()
-        return mapped, masked
+
+def _mapped(prediction_C: Tensor, teacher_to_student_W: Tensor | None, num_student: int) -> Tensor:
+    """The student's id of each prediction, -1 where there is none."""
+    label_C = prediction_C if teacher_to_student_W is None else teacher_to_student_W[prediction_C]
+    return label_C.masked_fill(label_C >= num_student, -1)
+
+
+def _projected_teacher(
+    settings: DualSpace, projected_AD: Tensor, student_head: Head, label_A: Tensor, chunk_size: int | None
+) -> _ProjectedTeacher:
+    """Sum of CE(z_ts, label) over the rows that have a label, and the best token of every z_ts."""
+    fixed, best_A = student_head.detach(), torch.full_like(label_A, -1)
+
+    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+        index_C, projected_CD, label_C = rows
+        if settings.spaces == "teacher":
+            return projected_CD.new_zeros(()), [projected_CD.new_zeros(())]
+        logits_CV = fixed(projected_CD)
+        best_A[index_C] = logits_CV.argmax(-1)
+        log_p_CV, _ = token_log_probabilities(logits_CV, label_C)
+        picked_C = log_p_CV.gather(-1, label_C.clamp(min=0)[:, None]).squeeze(-1)
+        ce = -picked_C.masked_fill(label_C < 0, 0.0).sum()
+        return ce, [ce]
+
+    rows = (_indices(projected_AD), projected_AD, label_A)
+    loss, (ce,) = sum_over_chunks(chunk, rows, (), 1, chunk_size, extra_logits=fixed.num_rows)
+    return _ProjectedTeacher(loss, ce, best_A)
+
+
+def _counting(
+    settings: DualSpace, label_A: Tensor, best_A: Tensor, gold_A: Tensor, kd_weight: float, weight: float | Tensor
+) -> tuple[Tensor, float | Tensor]:
+    """Which pairs count in t2s_kd (A,), and the factor of their sum."""
+    mapped_A = label_A >= 0
+    if settings.spaces == "teacher":
+        return torch.zeros_like(mapped_A), weight
+    if settings.student_mask == "none":
+        return mapped_A, weight
+    kept_A = mapped_A & (best_A == (gold_A if settings.student_mask == "correct" else label_A))
+    is_masked = kept_A.sum() <= settings.agreement_threshold * mapped_A.sum()
+    own = kd_weight / kept_A.sum().clamp(min=1) if settings.masked_mean == "agreeing" else weight
+    return kept_A.where(is_masked, mapped_A), torch.where(is_masked, own, weight)
 
 
 def _student_space(
     settings: DualSpace,
-    student_CV: Tensor,
-    projected_CV: Tensor,
-    label_C: Tensor,
-    gold_C: Tensor,
-    keep_C: Tensor,
-    masked: bool | Tensor = True,
-) -> dict[str, Tensor]:
-    """CE, t2s_ce, t2s_kd and the counts of one chunk, as sums."""
-    log_q_CV, correct = token_log_probabilities(student_CV, gold_C)
-    projected_log_CV, _ = token_log_probabilities(projected_CV, label_C)
-    best_C = projected_CV.detach().argmax(-1)
-    agree_C, correct_C = (best_C == label_C) & keep_C, best_C == gold_C
-    counted_C = {"none": keep_C, "agree": agree_C, "correct": correct_C & keep_C}[settings.student_mask]
-    counted_C = torch.where(torch.as_tensor(masked, device=keep_C.device), counted_C, keep_C)
-    t2s_ce_C = -projected_log_CV.gather(-1, label_C[:, None]).squeeze(-1)
-    return {
-        "ce": -log_q_CV.gather(-1, gold_C[:, None]).sum(),
-        "t2s_ce": t2s_ce_C.masked_fill(~keep_C, 0.0).sum(),
-        "t2s_kd": settings.student_space(student_CV, projected_CV).masked_fill(~counted_C, 0.0).sum(),
-        "mapped": keep_C.sum(),
-        "masked": counted_C.sum(),
-        "correct": correct,
-        "t2s_correct": correct_C.sum(),
-        "t2s_agree": agree_C.sum(),
-        "agree": ((student_CV.detach().argmax(-1) == label_C) & keep_C).sum(),
-    }
-
-
-def _weights(
-    settings: DualSpace, kd_weight: float, kd_denominator: float | None, counts: tuple[Tensor, Tensor] | None
-) -> _Weights:
-    if kd_denominator is not None:
-        plain = kd_weight / kd_denominator
-    else:
-        plain = kd_weight / counts[0].clamp(min=1)
-    if not settings.needs_counts_first:
-        return _Weights(plain, plain, plain, masked=settings.student_mask != "none")
-    mapped, agreeing = counts
-    is_masked = agreeing <= settings.agreement_threshold * mapped
-    own = kd_weight / agreeing.clamp(min=1) if settings.masked_mean == "agreeing" else plain
-    return _Weights(plain, torch.where(is_masked, own, plain), plain, is_masked)
-
-
-def _split(
-    student_TD: Tensor, target_T: Tensor, pair_student_A: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Rows of the pairs, and the rows that have no pair and only take part in the cross-entropy."""
-    if pair_student_A is None:
-        return student_TD, target_T, None, None
-    unpaired_T = torch.ones_like(target_T, dtype=torch.bool)
-    unpaired_T[pair_student_A] = False
-    return student_TD[pair_student_A], target_T[pair_student_A], student_TD[unpaired_T], target_T[unpaired_T]
-
-
-def _add_unpaired(
-    named: dict[str, Tensor], rest_TD: Tensor, rest_T: Tensor, head: Head, ce_weight: float, chunk_size: int
-) -> Tensor:
-    """Cross-entropy of the rows without a pair; adds their sums to `named` and returns their weighted loss."""
+    student_TD: Tensor,
+    target_T: Tensor,
+    student_head: Head,
+    projected_AD: Tensor,
+    rows_A: Tensor,
+    counts_A: Tensor,
+    kd_weight: float | Tensor,
+    label_A: Tensor,
+    ce_weight: float,
+    chunk_size: int | None,
+) -> _StudentSpace:
+    """Weighted sum of CE over all rows and of Div(z_s, z_ts) over the rows that count, which are put first."""
+    fixed, label_T = student_head.detach(), torch.full_like(target_T, -1).index_copy(0, rows_A, label_A)
+    order_T = paired_first(rows_A[counts_A], len(target_T))
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
-        hidden_CD, gold_C = rows
-        log_q_CV, correct = token_log_probabilities(heads[0](hidden_CD), gold_C)
+        student_CD, gold_C, label_C, projected_ND = rows
+        student_CV = heads[0](student_CD)
+        best_C = student_CV.detach().argmax(-1)
+        log_q_CV, correct = token_log_probabilities(student_CV, gold_C)
         ce = -log_q_CV.gather(-1, gold_C[:, None]).sum()
-        return ce_weight * ce, [ce, correct]
+        kd = settings.student_space(student_CV[: len(projected_ND)], fixed(projected_ND)).sum()
+        return ce_weight * ce + kd_weight * kd, [ce, kd, correct, (best_C == label_C).sum()]
 
-    loss, (ce, correct) = sum_over_chunks(chunk, (rest_TD, rest_T), (head,), 2, chunk_size)
-    named["ce"], named["correct"] = named["ce"] + ce, named["correct"] + correct
-    return loss
+    rows = (student_TD[order_T], target_T[order_T], label_T[order_T], projected_AD[counts_A])
+    loss, sums = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=fixed.num_rows)
+    ce, kd, correct, agree = sums
+    return _StudentSpace(loss, ce, kd, counts_A.sum(), correct, agree)
 
 
-def _check_rows(student_TD, target_T, num_pairs, pair_student_A, projected_teacher, projected_student) -> None:
+def _collect(
+    student: _StudentSpace,
+    projected: _ProjectedTeacher,
+    teacher: _TeacherSpace,
+    weight: float | Tensor,
+    gold_A: Tensor,
+    tokens: int,
+) -> DualSpaceTerms:
+    mapped_A = teacher.label_A >= 0
+    return DualSpaceTerms(
+        loss=student.loss + weight * (projected.loss + teacher.loss),
+        ce=student.ce,
+        t2s_ce=projected.t2s_ce,
+        t2s_kd=student.t2s_kd,
+        s2t_kd=teacher.s2t_kd,
+        tokens=tokens,
+        pairs=len(gold_A),
+        mapped=mapped_A.sum(),
+        masked=student.masked,
+        correct=student.correct,
+        t2s_correct=(projected.best_A == gold_A).sum(),
+        t2s_agree=((projected.best_A == teacher.label_A) & mapped_A).sum(),
+        s2t_agree=teacher.s2t_agree,
+        agree=student.agree,
+    )
+
+
+def _indices(rows: Tensor) -> Tensor:
+    return torch.arange(len(rows), device=rows.device)
+
+
+def _check_rows(student_TD, target_T, rows_A, teacher_AE, projected_teacher, projected_student) -> None:
     counts = {
         "target": (len(target_T), len(student_TD)),
-        "projected teacher": (len(projected_teacher), num_pairs),
-        "projected student": (len(projected_student), num_pairs),
-        "pair": (num_pairs, len(student_TD) if pair_student_A is None else len(pair_student_A)),
+        "teacher": (len(teacher_AE), len(rows_A)),
+        "projected teacher": (len(projected_teacher), len(rows_A)),
+        "projected student": (len(projected_student), len(rows_A)),
     }
     for name, (rows, expected) in counts.items():
         if rows != expected:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lit_llm.losses.divergence import Divergence
@@ -38,7 +39,7 @@ class Head(NamedTuple):
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) logits."""
-        logits_TV = linear(hidden_TD, self.weight_VD, self.bias_V)
+        logits_TV = linear(hidden_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
         if self.scale != 1.0:
             logits_TV = logits_TV * self.scale
         return logits_TV if self.softcap is None else torch.tanh(logits_TV / self.softcap) * self.softcap
@@ -201,7 +202,8 @@ def sum_over_chunks(
             no gradient.
         rows: tensors that are cut alike; the first is the longest, shorter ones run out early. Floating ones that
             require gradients receive them.
-        heads: output heads; parameters that require gradients receive them, accumulated in at least float32.
+        heads: output heads; parameters that require gradients receive them, accumulated in at least float32. Detached
+            heads may as well be closed over.
         num_sums: K.
         chunk_size: rows at a time; None chooses by the heads.
         extra_logits: logits per row that `function` makes beside those of `heads`, for the automatic size.
@@ -212,6 +214,8 @@ def sum_over_chunks(
     if chunk_size is None:
         chunk_size = automatic_chunk(sum(head.num_rows for head in heads) + extra_logits)
     flat = [parameter for head in heads for parameter in head.parameters()]
+    if not torch.is_grad_enabled():
+        rows, flat = [row.detach() for row in rows], [parameter.detach() for parameter in flat]
     results = _SumOverChunks.apply(function, tuple(heads), num_sums, chunk_size, len(rows), *rows, *flat)
     return results[0], list(results[1:])
 
@@ -245,6 +249,7 @@ class _SumOverChunks(torch.autograd.Function):
         return tuple(totals)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):
         gradients = [
             None if gradient is None else (gradient * grad_loss).to(dtype)
