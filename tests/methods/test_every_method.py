@@ -1,0 +1,111 @@
+"""What holds for every method: what should train moves, what is frozen does not, and splitting a batch changes nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_runs import METHODS, fit, tiny_config
+
+# the published masked means are over a micro-batch; this switch makes them independent of how a batch is split
+SPLITTABLE = {method: [] for method in METHODS} | {
+    "dskd": ["--model.init_args.projectors.masked_mean=labelled"],
+    "dskd_cross": ["--model.init_args.projectors.masked_mean=labelled"],
+}
+
+
+def state(module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def largest_gap(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_student_and_the_projectors_move_and_the_teacher_does_not(tmp_path, method):
+    config = tiny_config(tmp_path, method, max_steps=3)
+    before = load_file(tmp_path / "student" / "model.safetensors")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").state_dict()
+
+    cli = fit(config)
+
+    trained = {name: p for name, p in cli.model.named_parameters()}
+    student = {name.removeprefix("student.model."): p for name, p in trained.items() if name.startswith("student.")}
+    still = [name for name, value in before.items() if name in student and torch.equal(student[name].data, value)]
+    assert len(student) > 10 and not still
+    if method != "sft":
+        assert largest_gap(cli.model.teacher.model.state_dict(), teacher) == 0
+        assert all(p.grad is None for p in cli.model.teacher.parameters())
+    projectors = [name for name in trained if not name.startswith("student.")]
+    assert bool(projectors) == method.startswith("dskd")
+    fresh = fit(config, "--trainer.max_steps=1", "--run.version=fresh")
+    for name in projectors:
+        assert not torch.equal(dict(fresh.model.named_parameters())[name], trained[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_holds_the_student_and_nothing_of_the_teacher(tmp_path, method):
+    cli = fit(tiny_config(tmp_path, method, max_steps=1))
+    checkpoint = torch.load(tmp_path / "runs" / method / "version_0/checkpoints/last.ckpt", weights_only=False)
+
+    names = set(checkpoint["state_dict"])
+    assert names == set(cli.model.state_dict())
+    assert all(name.split(".")[0] in ("student", "t2s", "s2t", "attention") for name in names)
+    optimized = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
+    assert optimized == len(list(cli.model.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_splitting_a_batch_into_accumulation_steps_does_not_change_the_weights(tmp_path, method):
+    def trained(batch_size: int, accumulate: int):
+        config = tiny_config(tmp_path / f"{batch_size}", method, max_steps=3, accumulate_grad_batches=accumulate)
+        options = [f"--data.init_args.batch_size={batch_size}", "--data.init_args.bucket=1", "--trainer.precision=64-true"]
+        options += ["--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", "--checkpoint.every_n_train_steps=3"]
+        options += ["--model.init_args.student.dtype=float32", *SPLITTABLE[method]]
+        return state(fit(config, *options).model)
+
+    whole = trained(8, 1)
+    for batch_size, accumulate in ((4, 2), (2, 4)):
+        assert largest_gap(trained(batch_size, accumulate), whole) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["kd", "dskd", "dskd_cross"])
+def test_twenty_steps_bring_the_student_closer_to_the_data(tmp_path, method):
+    config = tiny_config(tmp_path, method, max_steps=24, val_check_interval=24)
+    untrained = fit(config, "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--run.version=start")
+    trained = fit(config)
+    assert trained.trainer.callback_metrics["val/loss"] < untrained.trainer.callback_metrics["val/loss"] - 0.3
+
+
+@pytest.mark.parametrize("method", ["sft", "dskd", "dskd_cross"])
+def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
+    options = ["--data.init_args.bucket=1", "--trainer.limit_val_batches=0", *SPLITTABLE[method]]
+    one = tiny_config(tmp_path / "one", method, max_steps=3)
+    fit(one, "--data.init_args.batch_size=4", *options)
+    two = tiny_config(tmp_path / "two", method, max_steps=3)
+    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(two), "--data.init_args.batch_size=2", *options]
+    done = subprocess.run(
+        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    folders = [tmp_path / which / "runs" / method / "version_0/checkpoints/last.ckpt" for which in ("one", "two")]
+    ours, theirs = (torch.load(folder, weights_only=False)["state_dict"] for folder in folders)
+    assert largest_gap(ours, theirs) < 2e-5
+
+
+def test_a_run_leaves_a_plain_model_folder_that_answers_like_the_student(tmp_path):
+    cli = fit(tiny_config(tmp_path, "dskd", max_steps=2))
+    folder = cli.model.run_folder
+
+    reloaded = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, value in reloaded.state_dict().items():
+        assert torch.equal(value, cli.model.student.model.state_dict()[name])
+    for file in ("config.yaml", "metrics.csv", "report.html", "samples.jsonl", "environment.json"):
+        assert (folder / file).is_file(), file
+    assert list(folder.glob("events.out.tfevents*"))
