@@ -1,6 +1,6 @@
 """Alignment by minimum edit distance (MinED): dynamic time warping over token strings, and nearest tokens.
 
-As in the baseline that the authors of DSKD compare with (arXiv 2406.17328, section 4; from FuseLLM,
+As in the baseline that the authors of DSKD compare with (arXiv 2406.17328; from FuseLLM,
 arXiv 2401.10491): two sequences of token strings are warped onto each other with the edit distance as the cost, and a
 teacher's logit belongs to the student's token with the nearest spelling. The authors ship a table of nearest tokens
 with their data; we compute it.

@@ -68,6 +68,18 @@ def test_added_tokens_that_are_not_special_are_text():
     assert token_bytes(tokenizer)[-2:] == [b"<tool>", b"   "]
 
 
+@pytest.mark.parametrize(("byte_fallback", "newline"), [(True, b"\n"), (False, b"<0x0A>")])
+def test_a_unigram_tokenizer_with_metaspace_is_read_as_sentencepiece(byte_fallback, newline):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁a", -1.0), ("<0x0A>", -2.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    assert token_bytes(wrapped) == [None, None, b" a", newline]
+
+
 def test_a_wordpiece_tokenizer_is_refused_with_its_parts():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
