@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, Literal, Optional
 import lightning as L
 import numpy
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
@@ -19,6 +21,7 @@ from lit_llm.evaluation.samples import Sample
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.storage import write_atomically
 
 
 @dataclass
@@ -210,6 +213,14 @@ class Method(L.LightningModule):
             {"prompt": prompt.text, "references": prompt.references, "answer": answer}
             for prompt, answer in zip(batch, answers, strict=True)
         ]
+
+    def on_predict_epoch_end(self) -> None:
+        """Write every answer as one line of predictions.jsonl."""
+        rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
+        if self.trainer.is_global_zero:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomically(self.run_folder / "predictions.jsonl", lines)
+            rank_zero_info(f"{len(rows)} answers in {self.run_folder / 'predictions.jsonl'}")
 
     def log_means(self, stage: str, sums: dict[str, Tensor], count: int | Tensor) -> None:
         """Log sums as means over `count` tokens of a whole evaluation, exact over batches and ranks."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+_CONTROL, _USER_DEFINED = 3, 4  # token types of the format
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -70,11 +71,13 @@ def gguf_tokenizer(metadata: _Metadata):
     """A fast tokenizer from the metadata of a GGUF file: byte-level BPE, or SentencePiece-style BPE by scores."""
     from transformers import PreTrainedTokenizerFast
 
-    kind = metadata["tokenizer.ggml.model"]
+    kind, kinds = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.token_type"]
     builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
     if kind not in builders:
         raise ValueError(f"The GGUF file has a tokenizer of the kind {kind!r}; known are {', '.join(builders)}.")
     tokens = metadata["tokenizer.ggml.tokens"]
+    if kind == "llama":  # the file writes user-defined tokens with plain spaces
+        tokens = [t.replace(" ", "▁") if k == _USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)]
     backend = builders[kind](metadata, tokens)
     roles = {}
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
@@ -199,7 +202,7 @@ def _byte_level_bpe(metadata: _Metadata, tokens: list[str]):
         raise ValueError(f"The GGUF file splits text by the rule {rule!r}; known are {', '.join(splits)}.")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[rule], byte_level]) if splits[rule] else byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(_special_tokens(metadata, tokens))
+    tokenizer.add_tokens(_added_tokens(metadata, tokens))
     return tokenizer
 
 
@@ -223,7 +226,7 @@ def _sentencepiece_bpe(metadata: _Metadata, tokens: list[str]):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    tokenizer.add_special_tokens(_special_tokens(metadata, tokens))
+    tokenizer.add_tokens(_added_tokens(metadata, tokens))
     if metadata.get("tokenizer.ggml.add_bos_token", True):
         begin = metadata["tokenizer.ggml.bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -245,12 +248,17 @@ def _merges_by_score(tokens: list[str], scores: list[float], vocabulary: dict[st
     return [(left, right) for *_, left, right in merges]
 
 
-def _special_tokens(metadata: _Metadata, tokens: list[str]):
-    """Control tokens (type 3 of the file) are never split and never made by merging."""
+def _added_tokens(metadata: _Metadata, tokens: list[str]):
+    """Control tokens, and those that a SentencePiece model matches before it merges (Gemma's runs of spaces)."""
     from tokenizers import AddedToken
 
-    kinds = metadata["tokenizer.ggml.token_type"]
-    return [AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    added = []
+    for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
+        if kind == _CONTROL:
+            added.append(AddedToken(token, special=True, normalized=False))
+        elif kind == _USER_DEFINED and metadata["tokenizer.ggml.model"] == "llama":
+            added.append(AddedToken(token, special=False, normalized=True))
+    return added
 
 
 def _shortest_float32(value: float) -> float:

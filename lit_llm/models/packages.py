@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_llm.storage import cache_folder, complete_folder
 
-_CONVERTER = 1  # raise it when conversion changes, so that folders of older versions are made again
+_CONVERTER = 2  # raise it when conversion changes, so that folders of older versions are made again
 _MANIFEST = "lit_llm_package.json"
 
 

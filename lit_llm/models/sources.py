@@ -36,9 +36,13 @@ def load_tokenizer(source: str):
     Raises:
         ValueError: it cannot be had, is slow, or has no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, source, "tokenizer")
+    # AutoTokenizer rebuilds a tokenizer in the manner of the model's family, with other ids where the folder's
+    # tokenizer.json is of another kind; the file itself is right
+    whole = (Path(locate(source)) / "tokenizer.json").is_file()
+    loader = PreTrainedTokenizerFast if whole else AutoTokenizer
+    tokenizer = _from_hub(loader.from_pretrained, source, "tokenizer")
     if not tokenizer.is_fast:
         raise ValueError(f"{source!r} has only a slow tokenizer; lit_llm needs tokenizer.json. Convert it, or name another.")
     if tokenizer.eos_token_id is None:
