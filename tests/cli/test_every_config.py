@@ -1,0 +1,79 @@
+"""Every shipped config runs: at its own settings, with tiny stand-ins for the models that it names."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_llm.training_cli import TrainingCLI
+from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
+from tests.tiny_runs import write_rows
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("debug", "trainer"))
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
+SENTENCEPIECE = ("llama", "mistral", "tinyllama", "gemma", "Qwen")
+
+
+def stand_in(folder: Path, source: str) -> str:
+    """A tiny model with a tokenizer of the kind that the real one has, and with as many layers as a cut may name."""
+    kind = sentencepiece_tokenizer if any(name.lower() in source.lower() for name in SENTENCEPIECE) else byte_level_tokenizer
+    tokenizer = kind()
+    tokenizer.chat_template = CHAT
+    width = 32 if "gpt2" in source.lower() else 16
+    return str(tiny_model_folder(folder, family="llama", tokenizer=tokenizer, hidden_size=width, layers=30))
+
+
+def reduced(path: Path, folder: Path) -> Path:
+    """What replaces models and data of a config; everything else stays as shipped."""
+    model = yaml.safe_load(path.read_text())["model"]["init_args"]
+    sources = {role: model[role]["source"] for role in ("student", "teacher") if role in model}
+    settings = {
+        "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()}},
+        "data": {"init_args": {part: str(write_rows(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")}},
+        "trainer": {
+            **{"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
+            **{"max_epochs": 1, "enable_model_summary": False},
+        },
+        "run": {"root": str(folder / "runs")},
+    }
+    settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
+    override = folder / "reduced.yaml"
+    override.write_text(yaml.safe_dump(settings))
+    return override
+
+
+def run(*configs: Path, options: tuple[str, ...] = ()) -> TrainingCLI:
+    flags = [flag for config in configs for flag in ("--config", str(config))]
+    return TrainingCLI.run(["fit", *flags, *options])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+def test_a_recipe_trains(recipe, tmp_path):
+    cli = run(recipe, reduced(recipe, tmp_path), CONFIGS / "debug" / "tiny.yaml")
+    assert cli.trainer.global_step == 2
+    assert "val/loss" in cli.trainer.callback_metrics
+    assert (cli.model.run_folder / "model" / "config.json").is_file()
+
+
+def test_overfitting_eight_examples_drives_the_loss_down(tmp_path):
+    recipe = CONFIGS / "sft.yaml"
+    cli = run(recipe, reduced(recipe, tmp_path), CONFIGS / "debug" / "overfit.yaml", options=("--model.init_args.optimization.lr=1e-2",))
+    assert cli.trainer.callback_metrics["train/ce"] < 2.5
+
+
+def test_profiling_leaves_a_table(tmp_path):
+    recipe = CONFIGS / "sft.yaml"
+    options = (f"--trainer.profiler.init_args.dirpath={tmp_path / 'profile'}", "--trainer.max_steps=3")
+    run(recipe, reduced(recipe, tmp_path), CONFIGS / "debug" / "profile.yaml", options=options)
+    assert any("aten::" in file.read_text(errors="ignore") for file in (tmp_path / "profile").iterdir())
+
+
+@pytest.mark.parametrize("trainer", sorted((CONFIGS / "trainer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_trainer_config_is_understood(trainer, tmp_path, capsys):
+    recipe = CONFIGS / "dskd.yaml"
+    with pytest.raises(SystemExit) as stop:
+        run(recipe, reduced(recipe, tmp_path), trainer, options=("--print_config",))
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert shown["strategy"] == yaml.safe_load(trainer.read_text())["trainer"]["strategy"]
