@@ -141,8 +141,8 @@ def dual_space(
         chunk_size,
     )
     projected = _projected_teacher(settings, projected_teacher_AD, student_head, teacher.label_A, chunk_size)
-    mapped = (teacher.label_A >= 0).sum()
-    weight = kd_weight / (mapped.clamp(min=1) if kd_denominator is None else kd_denominator)
+    mapped = (teacher.label_A >= 0).sum().clamp(min=1).to(teacher.loss.dtype)
+    weight = kd_weight / (mapped if kd_denominator is None else kd_denominator)
     student = _student_space(
         settings,
         student_TD,
@@ -150,7 +150,7 @@ def dual_space(
         student_head,
         projected_teacher_AD.detach(),
         rows_A,
-        *_counting(settings, teacher.label_A, projected.best_A, gold_A, kd_weight, weight),
+        *_counting(settings, teacher.label_A, projected.best_A, gold_A, kd_weight, weight, teacher.loss.dtype),
         teacher.label_A,
         ce_weight,
         chunk_size,
@@ -212,7 +212,7 @@ def dual_space_cma(
         student_head,
         projected_teacher_TD.detach(),
         rows_T,
-        *_counting(settings, target_T, projected.best_A, target_T, kd_weight, weight),
+        *_counting(settings, target_T, projected.best_A, target_T, kd_weight, weight, teacher.loss.dtype),
         target_T,
         ce_weight,
         chunk_size,
@@ -302,7 +302,13 @@ def _projected_teacher(
 
 
 def _counting(
-    settings: DualSpace, label_A: Tensor, best_A: Tensor, gold_A: Tensor, kd_weight: float, weight: float | Tensor
+    settings: DualSpace,
+    label_A: Tensor,
+    best_A: Tensor,
+    gold_A: Tensor,
+    kd_weight: float,
+    weight: float | Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, float | Tensor]:
     """Which pairs count in t2s_kd (A,), and the factor of their sum."""
     mapped_A = label_A >= 0
@@ -312,8 +318,10 @@ def _counting(
         return mapped_A, weight
     kept_A = mapped_A & (best_A == (gold_A if settings.student_mask == "correct" else label_A))
     is_masked = kept_A.sum() <= settings.agreement_threshold * mapped_A.sum()
-    own = kd_weight / kept_A.sum().clamp(min=1) if settings.masked_mean == "agreeing" else weight
-    return kept_A.where(is_masked, mapped_A), torch.where(is_masked, own, weight)
+    counts_A = kept_A.where(is_masked, mapped_A)
+    if settings.masked_mean == "labelled":
+        return counts_A, weight
+    return counts_A, torch.where(is_masked, kd_weight / kept_A.sum().clamp(min=1).to(dtype), weight)
 
 
 def _student_space(
@@ -356,7 +364,7 @@ def _collect(
     gold_A: Tensor,
     tokens: int,
 ) -> DualSpaceTerms:
-    mapped_A = teacher.label_A >= 0
+    mapped_A, dtype = teacher.label_A >= 0, student.loss.dtype
     return DualSpaceTerms(
         loss=student.loss + weight * (projected.loss + teacher.loss),
         ce=student.ce,
@@ -365,11 +373,11 @@ def _collect(
         s2t_kd=teacher.s2t_kd,
         tokens=tokens,
         pairs=len(gold_A),
-        mapped=mapped_A.sum(),
-        masked=student.masked,
+        mapped=mapped_A.sum(dtype=dtype),
+        masked=student.masked.to(dtype),
         correct=student.correct,
-        t2s_correct=(projected.best_A == gold_A).sum(),
-        t2s_agree=((projected.best_A == teacher.label_A) & mapped_A).sum(),
+        t2s_correct=(projected.best_A == gold_A).sum(dtype=dtype),
+        t2s_agree=((projected.best_A == teacher.label_A) & mapped_A).sum(dtype=dtype),
         s2t_agree=teacher.s2t_agree,
         agree=student.agree,
     )

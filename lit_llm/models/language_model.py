@@ -106,7 +106,7 @@ class ModelSpec:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
             model = _with_adapters(model, self.lora)
-        return LanguageModel(model, tokenizer)
+        return LanguageModel(model, tokenizer).train()  # transformers hands models out in eval mode
 
 
 class LanguageModel(nn.Module):

@@ -1,0 +1,117 @@
+"""Reads golden vectors and keeps account of what has been compared.
+
+A family is a folder with an `index.json` that lists cases: tensors in a safetensors file, scalars, hyper-parameters and
+tolerances. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
+sub-folder per family.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+_HERE = Path(__file__).parent
+
+
+def family_folder(family: str) -> Path:
+    """Where the vectors of a family lie."""
+    replaced = os.environ.get("LIT_LLM_GOLDEN")
+    folder = Path(replaced) / family if replaced else _HERE / family
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder / 'index.json'} does not exist. LIT_LLM_GOLDEN is {replaced!r}; it names a folder with one "
+            f"sub-folder per family, here {family!r}. Unset it to use the vectors of the checkout."
+        )
+    return folder
+
+
+def read_index(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cases of a family by name."""
+    cases = json.loads((folder / "index.json").read_text(encoding="utf-8"))["cases"]
+    return {case["name"]: case for case in cases}
+
+
+class Case:
+    """One golden case in one precision.
+
+    Attributes:
+        hparams: as listed in the index.
+        dtype: floating inputs are cast to it, and it selects the tolerance.
+        folder: where the files lie.
+        json_file: path of the JSON file beside the tensors, where the case has one.
+    """
+
+    def __init__(self, entry: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+        self.hparams, self.dtype, self.folder = entry["hparams"], dtype, folder
+        self.json_file = entry["json_files"][0] if entry.get("json_files") else None
+        self._tolerance = entry["tolerance"]
+        self._stored = load_file(folder / entry["file"])
+        self._roles = {name: field["role"] for name, field in entry["fields"].items()}
+        self._scalars = entry["expected_scalars"]
+        self._compared: set[str] = set()
+        assert set(self._stored) == set(self._roles), "the index and the file list different tensors"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._roles
+
+    def __getitem__(self, name: str) -> Tensor:
+        """An input, in the precision of the case."""
+        assert self._roles[name] == "input", f"{name} is {self._roles[name]}, not an input"
+        return self._cast(name)
+
+    def leaf(self, name: str) -> Tensor:
+        """An input that collects a gradient."""
+        return self[name].clone().requires_grad_()
+
+    def stored(self, name: str) -> Tensor:
+        """A stored tensor as it is, for cases about the vectors themselves."""
+        return self._stored[name]
+
+    def expected(self, prefix: str = "") -> list[str]:
+        """Names of tensors to compare with."""
+        return [name for name, role in self._roles.items() if role == "expected" and name.startswith(prefix)]
+
+    def scalars(self, prefix: str = "") -> list[str]:
+        return [name for name in self._scalars if name.startswith(prefix)]
+
+    def check(self, name: str, value: Tensor, where: Tensor | None = None, **tolerance: float) -> None:
+        """Compare a tensor with the stored one, at the rows of `where` if it is given."""
+        assert self._roles[name] == "expected", f"{name} is {self._roles[name]}, there is nothing to compare with"
+        stored, value = self._stored[name], value.detach()
+        assert stored.shape == value.shape, f"{name}: {tuple(value.shape)} instead of {tuple(stored.shape)}"
+        if where is not None:
+            assert where.any(), f"{name}: no row to compare"
+            stored, value = stored[where], value[where]
+        self._close(name, value, stored, tolerance)
+        self._compared.add(name)
+
+    def check_scalar(self, name: str, value: Tensor | float, **tolerance: float) -> None:
+        stored = torch.tensor(self._scalars[name], dtype=torch.float64)
+        self._close(name, torch.as_tensor(value).detach(), stored, tolerance)
+        self._compared.add(f"scalar {name}")
+
+    def finish(self) -> None:
+        """Fail if something that the index expects was compared by nobody."""
+        wanted = {*self.expected(), *(f"scalar {name}" for name in self._scalars)}
+        assert wanted, "the case expects nothing"
+        assert not (forgotten := sorted(wanted - self._compared)), f"expected, but not compared: {forgotten}"
+
+    def tolerance(self, dtype: torch.dtype | None = None) -> dict[str, float]:
+        return self._tolerance[str(dtype or self.dtype).removeprefix("torch.")]
+
+    def _close(self, name: str, value: Tensor, stored: Tensor, tolerance: dict[str, float]) -> None:
+        if not stored.is_floating_point():
+            value, stored = value.long(), stored.long()
+        else:
+            value, stored = value.double(), stored.double()
+        torch.testing.assert_close(value, stored, **(tolerance or self.tolerance()), msg=lambda text: f"{name}: {text}")
+
+    def _cast(self, name: str) -> Tensor:
+        tensor = self._stored[name]
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

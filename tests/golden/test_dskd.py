@@ -1,0 +1,138 @@
+"""Golden vectors of the DSKD family: whatever the index lists is compared, by kind.
+
+The expected values come from the authors' released code (arXiv 2406.17328, 2504.11426, 2603.01875).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.golden import (
+    alignment_cases,
+    cross_vocabulary_cases,
+    divergence_cases,
+    dual_space_cases,
+    projector_cases,
+    rouge_cases,
+)
+from tests.golden.golden import Case, family_folder, read_index
+
+IN_BOTH_PRECISIONS = {
+    **divergence_cases.HANDLERS,
+    **projector_cases.HANDLERS,
+    **dual_space_cases.HANDLERS,
+    **cross_vocabulary_cases.HANDLERS,
+}
+EXACT = {**alignment_cases.HANDLERS, **rouge_cases.HANDLERS}
+
+FOLDER = family_folder("dskd")
+INDEX = read_index(FOLDER)
+WITH_TENSORS = sorted(name for name, entry in INDEX.items() if entry["kind"] in IN_BOTH_PRECISIONS)
+OTHERS = sorted(set(INDEX) - set(WITH_TENSORS))
+
+
+def check(entry: dict, folder: Path, dtype: torch.dtype) -> None:
+    """Compare everything that a case expects."""
+    if entry["kind"] in EXACT:
+        EXACT[entry["kind"]](entry, folder)
+        return
+    if entry["kind"] not in IN_BOTH_PRECISIONS:
+        raise KeyError(f"{entry['name']} is of the kind {entry['kind']!r}, which nobody compares")
+    case = Case(entry, folder, dtype)
+    IN_BOTH_PRECISIONS[entry["kind"]](case)
+    case.finish()
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(FOLDER, tmp_path / "dskd"))
+
+
+def change_largest_value(folder: Path, entry: dict) -> str:
+    """Make the largest number of one expected tensor 1% larger; returns its name."""
+    expected = [name for name, field in entry["fields"].items() if field["role"] == "expected"]
+    name = next((name for name in expected if name.startswith("grad.")), expected[-1])
+    tensors = load_file(folder / entry["file"])
+    flat = tensors[name].flatten()
+    flat[flat.abs().argmax()] *= 1.01
+    tensors[name] = flat.view_as(tensors[name])
+    save_file(tensors, folder / entry["file"])
+    return name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", WITH_TENSORS)
+def test_everything_that_the_index_expects_comes_out(name, dtype):
+    check(INDEX[name], FOLDER, dtype)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_everything_that_the_index_expects_comes_out_exactly(name):
+    check(INDEX[name], FOLDER, torch.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if INDEX[name]["fields"]])
+def test_a_changed_tensor_is_noticed(name, copied):
+    entry = INDEX[name]
+    if not any(field["role"] == "expected" for field in entry["fields"].values()):
+        pytest.skip("this case expects scalars only")
+    changed = change_largest_value(copied, entry)
+    with pytest.raises(AssertionError, match=changed.replace(".", r"\.")):
+        check(entry, copied, torch.float64)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if INDEX[name]["expected_scalars"]])
+def test_a_changed_scalar_is_noticed(name):
+    for scalar, value in INDEX[name]["expected_scalars"].items():
+        changed = {**INDEX[name]["expected_scalars"], scalar: 2 * value + 1}
+        with pytest.raises(AssertionError, match=scalar):
+            check({**INDEX[name], "expected_scalars": changed}, FOLDER, torch.float64)
+
+
+def test_a_field_that_nobody_compares_is_noticed():
+    entry = next(INDEX[name] for name in WITH_TENSORS if INDEX[name]["expected_scalars"])
+    more = {**entry["expected_scalars"], "something_new": 1.0}
+    with pytest.raises(AssertionError, match="not compared.*something_new"):
+        check({**entry, "expected_scalars": more}, FOLDER, torch.float64)
+
+
+def test_a_kind_that_nobody_knows_is_noticed():
+    with pytest.raises(KeyError, match="unheard_of"):
+        check({**INDEX[WITH_TENSORS[0]], "kind": "unheard_of"}, FOLDER, torch.float64)
+
+
+def test_another_folder_of_vectors_takes_the_place_of_ours(copied, monkeypatch):
+    monkeypatch.setenv("LIT_LLM_GOLDEN", str(copied.parent))
+    assert family_folder("dskd") == copied
+
+
+def test_a_folder_without_the_family_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_LLM_GOLDEN", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="LIT_LLM_GOLDEN"):
+        family_folder("dskd")
+
+
+def test_a_run_against_another_folder_fails_where_that_folder_disagrees(copied):
+    entry = next(entry for entry in INDEX.values() if entry["kind"] == "vanilla_kd")
+    (copied / "index.json").write_text(json.dumps({"cases": [entry]}), encoding="utf-8")
+    selected = f"{__file__}::test_everything_that_the_index_expects_comes_out"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", selected]
+    environment = {**os.environ, "LIT_LLM_GOLDEN": str(copied.parent)}
+    root = Path(__file__).parents[2]
+
+    agrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert agrees.returncode == 0, agrees.stdout
+    assert "2 passed" in agrees.stdout
+
+    change_largest_value(copied, entry)
+    disagrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert disagrees.returncode == 1, disagrees.stdout
