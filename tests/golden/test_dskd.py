@@ -39,6 +39,9 @@ INDEX = read_index(FOLDER)
 WITH_TENSORS = sorted(name for name, entry in INDEX.items() if entry["kind"] in IN_BOTH_PRECISIONS)
 OTHERS = sorted(set(INDEX) - set(WITH_TENSORS))
 
+SHIPPED = Path(__file__).parent / "dskd"
+OURS = read_index(SHIPPED)
+
 
 def check(entry: dict, folder: Path, dtype: torch.dtype) -> None:
     """Compare everything that a case expects."""
@@ -55,6 +58,11 @@ def check(entry: dict, folder: Path, dtype: torch.dtype) -> None:
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     return Path(shutil.copytree(FOLDER, tmp_path / "dskd"))
+
+
+@pytest.fixture
+def copied_shipped(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SHIPPED, tmp_path / "dskd"))
 
 
 def change_largest_value(folder: Path, entry: dict) -> str:
@@ -99,20 +107,20 @@ def test_a_changed_scalar_is_noticed(name):
 
 
 def test_a_field_that_nobody_compares_is_noticed():
-    entry = next(INDEX[name] for name in WITH_TENSORS if INDEX[name]["expected_scalars"])
+    entry = OURS["vanilla_kd__forward_kl"]
     more = {**entry["expected_scalars"], "something_new": 1.0}
     with pytest.raises(AssertionError, match="not compared.*something_new"):
-        check({**entry, "expected_scalars": more}, FOLDER, torch.float64)
+        check({**entry, "expected_scalars": more}, SHIPPED, torch.float64)
 
 
 def test_a_kind_that_nobody_knows_is_noticed():
     with pytest.raises(KeyError, match="unheard_of"):
-        check({**INDEX[WITH_TENSORS[0]], "kind": "unheard_of"}, FOLDER, torch.float64)
+        check({**OURS["vanilla_kd__forward_kl"], "kind": "unheard_of"}, SHIPPED, torch.float64)
 
 
-def test_another_folder_of_vectors_takes_the_place_of_ours(copied, monkeypatch):
-    monkeypatch.setenv("LIT_LLM_GOLDEN", str(copied.parent))
-    assert family_folder("dskd") == copied
+def test_another_folder_of_vectors_takes_the_place_of_ours(copied_shipped, monkeypatch):
+    monkeypatch.setenv("LIT_LLM_GOLDEN", str(copied_shipped.parent))
+    assert family_folder("dskd") == copied_shipped
 
 
 def test_a_folder_without_the_family_is_an_error(tmp_path, monkeypatch):
@@ -121,18 +129,18 @@ def test_a_folder_without_the_family_is_an_error(tmp_path, monkeypatch):
         family_folder("dskd")
 
 
-def test_a_run_against_another_folder_fails_where_that_folder_disagrees(copied):
-    entry = next(entry for entry in INDEX.values() if entry["kind"] == "vanilla_kd")
-    (copied / "index.json").write_text(json.dumps({"cases": [entry]}), encoding="utf-8")
+def test_a_run_against_another_folder_fails_where_that_folder_disagrees(copied_shipped):
+    entry = OURS["vanilla_kd__forward_kl"]
+    (copied_shipped / "index.json").write_text(json.dumps({"cases": [entry]}), encoding="utf-8")
     selected = f"{__file__}::test_everything_that_the_index_expects_comes_out"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", selected]
-    environment = {**os.environ, "LIT_LLM_GOLDEN": str(copied.parent)}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
+    environment = {**os.environ, "LIT_LLM_GOLDEN": str(copied_shipped.parent)}
     root = Path(__file__).parents[2]
 
     agrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert agrees.returncode == 0, agrees.stdout
     assert "2 passed" in agrees.stdout
 
-    change_largest_value(copied, entry)
+    change_largest_value(copied_shipped, entry)
     disagrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert disagrees.returncode == 1, disagrees.stdout
