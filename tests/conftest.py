@@ -22,3 +22,13 @@ def byte_level_tokenizer():
 def sentencepiece_tokenizer():
     """BPE with `▁` for spaces and byte fall-back; see `tests.tiny`."""
     return tiny.sentencepiece_tokenizer()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Tests leave the user's cache alone, and find nothing in it that they did not make."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LIT_LLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    patch.undo()
