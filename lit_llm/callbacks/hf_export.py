@@ -1,0 +1,33 @@
+"""The trained student as a plain Hugging Face folder, at the end of a run."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class HfExport(L.Callback):
+    """Writes `model/` into the run folder when training ended well: all steps, `max_time` or early stopping.
+
+    A run that was interrupted or failed gets none: its weights may stand in the middle of an optimizer step. Its last
+    checkpoint can be exported with the command that is then shown. Rank zero writes, the others wait.
+
+    Reads of the method: `student.save(folder)`, which writes atomically and checks by reloading, and `run_folder`.
+
+    Limit: a strategy that divides the student's weights among ranks must gather them in `student.save`.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = pl_module.run_folder / "model"  # on every rank: finding the folder may communicate
+        if trainer.is_global_zero:
+            pl_module.student.save(folder)
+            rank_zero_info(f"The trained model is in {folder}")
+        trainer.strategy.barrier("export of the trained model")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        if checkpoint:
+            rank_zero_info(
+                "The run did not end well, so no model/ was written. Its last checkpoint becomes one with\n"
+                f"  python -m lit_llm export --config RUN/config.yaml --ckpt_path {checkpoint} --to FOLDER"
+            )
