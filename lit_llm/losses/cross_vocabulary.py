@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lit_llm.losses.divergence import Divergence, at_least_float32
-from lit_llm.losses.fused_head import Head, HeadTerms, paired_first, sum_over_chunks, token_log_probabilities
+from lit_llm.losses.fused_head import Head, HeadTerms, finite_logits, paired_first, sum_over_chunks, token_cross_entropy
 
 _NEVER = -1e5
 _ALWAYS = 100.0
@@ -222,15 +222,14 @@ def _with_pairs(
     }
     if counts["hidden"] != counts["target"] or counts["pair"] != counts["teacher"]:
         raise ValueError(f"Rows do not fit: {counts}. Every hidden row has a target, every pair a teacher row.")
-    order_T, fixed = paired_first(pair_student_A, len(target_T)), teacher_head.detach()
+    order_T, fixed = paired_first(pair_student_A, len(target_T)), teacher_head.detach().in_compute_dtype()
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         student_CD, target_C, teacher_NE = rows
-        student_CV = at_least_float32(heads[0](student_CD))
+        student_CV = finite_logits(heads[0](student_CD))
         with torch.no_grad():
             teacher_NW = at_least_float32(fixed(teacher_NE))
-        log_q_CV, correct = token_log_probabilities(student_CV, target_C)
-        ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
+        ce, correct = token_cross_entropy(student_CV, target_C).sum(), (student_CV.argmax(-1) == target_C).sum()
         kd = compare(student_CV if unpaired_too else student_CV[: len(teacher_NE)], teacher_NW, target_C).sum()
         return ce_weight * ce + kd_weight * kd, [ce, correct, kd]
 

@@ -79,16 +79,21 @@ class Divergence:
         student_TV, teacher_TV = at_least_float32(student_TV), at_least_float32(teacher_TV.detach())
         if self.name == "hierarchical_ranking":
             return hierarchical_ranking(student_TV.softmax(-1), teacher_TV.softmax(-1))
-        finite_TV = torch.isfinite(student_TV) & torch.isfinite(teacher_TV)
+        finite_TV = None
+        if not (all_finite(student_TV) and all_finite(teacher_TV)):
+            finite_TV = torch.isfinite(student_TV) & torch.isfinite(teacher_TV)
+            student_TV, teacher_TV = _without_probability(student_TV), _without_probability(teacher_TV)
         log_q_TV = log_softmax(student_TV, self.temperature)
         log_p_TV = log_softmax(teacher_TV, self.temperature * self.teacher_temperature)
-        value_T = self.from_log_probabilities(log_q_TV, log_p_TV, None if finite_TV.all() else finite_TV)
+        value_T = self.from_log_probabilities(log_q_TV, log_p_TV, finite_TV)
         return value_T * self.temperature**2 if self.scale_by_temperature_squared else value_T
 
     def from_log_probabilities(self, log_q_TV: Tensor, log_p_TV: Tensor, finite_TV: Tensor | None = None) -> Tensor:
         """The same from log-probabilities that are already tempered; `finite_TV` marks the entries that count."""
         if self.name == "adaptive_kl":
             return adaptive_kl(log_q_TV, log_p_TV, self.alpha, finite_TV)
+        if self.name == "top1_ce":
+            return top1_cross_entropy(log_q_TV, log_p_TV, finite_TV)
         log_q_TV, log_p_TV = _silenced(log_q_TV, finite_TV), _silenced(log_p_TV, finite_TV)
         match self.name:
             case "forward_kl":
@@ -107,8 +112,6 @@ class Divergence:
                 per_entry_TV = skewed_kl(log_q_TV, log_p_TV, self.skew)
             case "tvd":
                 per_entry_TV = 0.5 * (log_q_TV.exp() - log_p_TV.exp()).abs()
-            case "top1_ce":
-                return top1_cross_entropy(log_q_TV, log_p_TV)
             case other:
                 raise ValueError(f"divergence.name {other!r} is not defined on log-probabilities.")
         return per_entry_TV.sum(-1)
@@ -168,10 +171,13 @@ def adaptive_kl(log_q_TV: Tensor, log_p_TV: Tensor, alpha: float, finite_TV: Ten
     return head_weight_T * forward_T + (1 - head_weight_T) * reverse_T
 
 
-def top1_cross_entropy(log_q_TV: Tensor, log_p_TV: Tensor) -> Tensor:
+def top1_cross_entropy(log_q_TV: Tensor, log_p_TV: Tensor, finite_TV: Tensor | None = None) -> Tensor:
     """-p log q at the teacher's best token, (T,)."""
     best_T1 = log_p_TV.argmax(-1, keepdim=True)
-    return -(log_p_TV.gather(-1, best_T1).exp() * log_q_TV.gather(-1, best_T1)).squeeze(-1)
+    value_T1 = -(log_p_TV.gather(-1, best_T1).exp() * log_q_TV.gather(-1, best_T1))
+    if finite_TV is not None:
+        value_T1 = value_T1.masked_fill(~finite_TV.gather(-1, best_T1), 0.0)
+    return value_T1.squeeze(-1)
 
 
 def hierarchical_ranking(q_TV: Tensor, p_TV: Tensor, k: int = 5) -> Tensor:
@@ -186,6 +192,15 @@ def hierarchical_ranking(q_TV: Tensor, p_TV: Tensor, k: int = 5) -> Tensor:
     return order_T + (intruder_TKK * counted_TKK).sum((-1, -2))
 
 
+def all_finite(logits: Tensor) -> bool:
+    """Whether no logit is infinite or NaN. One reading pass: such a logit makes the sum so, and it may also overflow."""
+    return bool(torch.isfinite(logits.detach().sum())) or bool(torch.isfinite(logits).all())
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def _log_mixture(log_a_TV: Tensor, log_b_TV: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_a_TV + math.log(share), log_b_TV + math.log1p(-share))
 
@@ -195,5 +210,6 @@ def _silenced(log_TV: Tensor, finite_TV: Tensor | None) -> Tensor:
     return log_TV if finite_TV is None else log_TV.masked_fill(~finite_TV, 0.0)
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _without_probability(logits_TV: Tensor) -> Tensor:
+    # one infinite or undefined logit must not make the whole row undefined
+    return logits_TV.masked_fill(~torch.isfinite(logits_TV), -math.inf)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, paired_first, sum_over_chunks, token_log_probabilities
+from lit_llm.losses.fused_head import Head, finite_logits, paired_first, sum_over_chunks, token_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def _teacher_space(
     chunk_size: int | None,
 ) -> _TeacherSpace:
     """Sum of Div(z_st, z_t) over the rows that have a label, and the labels of t2s_ce (-1 where there is none)."""
-    fixed, label_A = teacher_head.detach(), gold_A.clone()
+    fixed, label_A = teacher_head.detach().in_compute_dtype(), gold_A.clone()
 
     def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         index_C, teacher_CE, projected_CE = rows
@@ -283,17 +283,15 @@ def _projected_teacher(
     settings: DualSpace, projected_AD: Tensor, student_head: Head, label_A: Tensor, chunk_size: int | None
 ) -> _ProjectedTeacher:
     """Sum of CE(z_ts, label) over the rows that have a label, and the best token of every z_ts."""
-    fixed, best_A = student_head.detach(), torch.full_like(label_A, -1)
+    fixed, best_A = student_head.detach().in_compute_dtype(), torch.full_like(label_A, -1)
 
     def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         index_C, projected_CD, label_C = rows
         if settings.spaces == "teacher":
             return projected_CD.new_zeros(()), [projected_CD.new_zeros(())]
-        logits_CV = fixed(projected_CD)
+        logits_CV = finite_logits(fixed(projected_CD))
         best_A[index_C] = logits_CV.argmax(-1)
-        log_p_CV, _ = token_log_probabilities(logits_CV, label_C)
-        picked_C = log_p_CV.gather(-1, label_C.clamp(min=0)[:, None]).squeeze(-1)
-        ce = -picked_C.masked_fill(label_C < 0, 0.0).sum()
+        ce = token_cross_entropy(logits_CV, label_C.clamp(min=0)).masked_fill(label_C < 0, 0.0).sum()
         return ce, [ce]
 
     rows = (_indices(projected_AD), projected_AD, label_A)
@@ -338,17 +336,20 @@ def _student_space(
     chunk_size: int | None,
 ) -> _StudentSpace:
     """Weighted sum of CE over all rows and of Div(z_s, z_ts) over the rows that count, which are put first."""
-    fixed, label_T = student_head.detach(), torch.full_like(target_T, -1).index_copy(0, rows_A, label_A)
+    fixed, label_T = (
+        student_head.detach().in_compute_dtype(),
+        torch.full_like(target_T, -1).index_copy(0, rows_A, label_A),
+    )
     order_T = paired_first(rows_A[counts_A], len(target_T))
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         student_CD, gold_C, label_C, projected_ND = rows
-        student_CV = heads[0](student_CD)
-        best_C = student_CV.detach().argmax(-1)
-        log_q_CV, correct = token_log_probabilities(student_CV, gold_C)
-        ce = -log_q_CV.gather(-1, gold_C[:, None]).sum()
-        kd = settings.student_space(student_CV[: len(projected_ND)], fixed(projected_ND)).sum()
-        return ce_weight * ce + kd_weight * kd, [ce, kd, correct, (best_C == label_C).sum()]
+        student_CV = finite_logits(heads[0](student_CD))
+        ce = token_cross_entropy(student_CV, gold_C).sum()
+        with torch.no_grad():
+            projected_NV, best_C = fixed(projected_ND), student_CV.argmax(-1)
+        kd = settings.student_space(student_CV[: len(projected_NV)], projected_NV).sum()
+        return ce_weight * ce + kd_weight * kd, [ce, kd, (best_C == gold_C).sum(), (best_C == label_C).sum()]
 
     rows = (student_TD[order_T], target_T[order_T], label_T[order_T], projected_AD[counts_A])
     loss, sums = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=fixed.num_rows)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.divergence import Divergence, all_finite, at_least_float32
 
-_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES = 512 * 2**20
 _BYTES_PER_LOGIT = 24
 
 
@@ -39,7 +39,10 @@ class Head(NamedTuple):
 
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) logits."""
-        logits_TV = linear(hidden_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V)
+        return self.shaped(linear(hidden_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V))
+
+    def shaped(self, logits_TV: Tensor) -> Tensor:
+        """What the architecture does to the product: scaling, soft-capping."""
         if self.scale != 1.0:
             logits_TV = logits_TV * self.scale
         return logits_TV if self.softcap is None else torch.tanh(logits_TV / self.softcap) * self.softcap
@@ -60,12 +63,19 @@ class Head(NamedTuple):
             return self
         return self._replace(weight_VD=self.weight_VD[:num], bias_V=None if self.bias_V is None else self.bias_V[:num])
 
+    def in_compute_dtype(self) -> Head:
+        """The head in the precision of autocast, so that it is not converted again for every chunk."""
+        device = self.weight_VD.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        return self._replace(
+            weight_VD=self.weight_VD.to(dtype), bias_V=None if self.bias_V is None else self.bias_V.to(dtype)
+        )
+
     def parameters(self) -> tuple[Tensor, ...]:
         """The tensors that a gradient may reach."""
         return (self.weight_VD,) if self.bias_V is None else (self.weight_VD, self.bias_V)
-
-    def with_parameters(self, parameters: Sequence[Tensor]) -> Head:
-        return self._replace(weight_VD=parameters[0], bias_V=parameters[1] if len(parameters) > 1 else None)
 
 
 class HeadTerms(NamedTuple):
@@ -104,9 +114,9 @@ def cross_entropy(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         hidden_CD, target_C = rows
-        log_q_CV, correct = token_log_probabilities(heads[0](hidden_CD), target_C)
-        ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
-        return ce, [ce, correct]
+        logits_CV = finite_logits(heads[0](hidden_CD))
+        ce = token_cross_entropy(logits_CV, target_C).sum()
+        return ce, [ce, (logits_CV.argmax(-1) == target_C).sum()]
 
     loss, (ce, correct) = sum_over_chunks(chunk, (hidden_TD, target_T), (head,), 2, chunk_size)
     return HeadTerms(loss, len(target_T), ce, correct)
@@ -144,35 +154,33 @@ def distillation(
     """
     _same_rows(student=student_TD, teacher=teacher_TE, target=target_T)
     shared = min(student_head.num_rows, teacher_head.num_rows)
-    teacher_head = teacher_head.detach().rows(shared)
+    teacher_head = teacher_head.detach().rows(shared).in_compute_dtype()
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         student_CD, teacher_CE, target_C = rows
-        student_CV = heads[0](student_CD)
+        student_CV = finite_logits(heads[0](student_CD))
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CE)
-            agree = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).sum()
-        log_q_CV, correct = token_log_probabilities(student_CV, target_C)
-        ce = -log_q_CV.gather(-1, target_C[:, None]).sum()
+            best_C = student_CV.argmax(-1)
+        ce = token_cross_entropy(student_CV, target_C).sum()
         kd = divergence(student_CV[:, :shared], teacher_CV).sum()
-        return ce_weight * ce + kd_weight * kd, [ce, correct, kd, agree]
+        hits = [(best_C == target_C).sum(), (best_C == teacher_CV.argmax(-1)).sum()]
+        return ce_weight * ce + kd_weight * kd, [ce, kd, *hits]
 
     rows = (student_TD, teacher_TE.detach(), target_T)
-    loss, sums = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=2 * shared)
-    ce, correct, kd, agree = sums
+    loss, (ce, kd, correct, agree) = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=shared)
     return HeadTerms(loss, len(target_T), ce, correct, kd, agree)
 
 
-def token_log_probabilities(logits_TV: Tensor, target_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, V) log-probabilities in at least float32 and the number of rows whose best token is the target.
+def finite_logits(logits_TV: Tensor) -> Tensor:
+    """Logits in at least float32; one that is not finite counts as 0, as in the published code's cross-entropy."""
+    logits_TV = at_least_float32(logits_TV)
+    return logits_TV if all_finite(logits_TV) else logits_TV.masked_fill(~torch.isfinite(logits_TV), 0.0)
 
-    A logit that is not finite counts as 0, as in the published code.
-    """
-    logits_TV = logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-    finite_TV = torch.isfinite(logits_TV)
-    if not finite_TV.all():
-        logits_TV = logits_TV.masked_fill(~finite_TV, 0.0)
-    return logits_TV.log_softmax(-1), (logits_TV.detach().argmax(-1) == target_T).sum()
+
+def token_cross_entropy(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """-log softmax(logits)[target] of every row, (T,)."""
+    return -logits_TV.log_softmax(-1).gather(-1, target_T[:, None]).squeeze(-1)
 
 
 def paired_first(pair_A: Tensor, num_rows: int) -> Tensor:
@@ -183,7 +191,7 @@ def paired_first(pair_A: Tensor, num_rows: int) -> Tensor:
 
 
 def automatic_chunk(logits_per_row: int) -> int:
-    """Rows of a chunk whose logits and their gradients fit in about 256 MB; at least 16."""
+    """Rows of a chunk whose logits and their gradients fit in about 512 MB; at least 16."""
     return max(16, _CHUNK_BYTES // (logits_per_row * _BYTES_PER_LOGIT))
 
 
@@ -223,30 +231,27 @@ def sum_over_chunks(
 class _SumOverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, heads, num_sums, chunk_size, num_rows, *tensors):
-        rows, parameters = tensors[:num_rows], tensors[num_rows:]
-        wanted = ctx.needs_input_grad[5:]
-        leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, wanted[num_rows:], strict=True)]
-        chunk_heads = _regroup(heads, leaves)
-        row_gradients = [torch.zeros_like(t) if need else None for t, need in zip(rows, wanted, strict=False)]
-        head_gradients = [
-            torch.zeros_like(p, dtype=_accumulator(p)) if need else None
-            for p, need in zip(parameters, wanted[num_rows:], strict=True)
-        ]
+        rows, wanted = tensors[:num_rows], ctx.needs_input_grad[5:]
+        row_gradients = [torch.zeros_like(row) if need else None for row, need in zip(rows, wanted, strict=False)]
+        live = [_LiveHead(head) for head in heads]
         dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        totals = [torch.zeros((), dtype=dtype, device=tensors[0].device) for _ in range(1 + num_sums)]
+        totals = torch.zeros(1 + num_sums, dtype=dtype, device=tensors[0].device)
         for start in range(0, rows[0].shape[0], chunk_size):
             span = slice(start, start + chunk_size)
             with torch.set_grad_enabled(any(wanted)):
-                pieces = [t[span].detach().requires_grad_(need) for t, need in zip(rows, wanted, strict=False)]
-                loss, sums = function(pieces, chunk_heads)
-            for total, value in zip(totals, (loss, *sums), strict=True):
-                total += value.detach()
+                pieces = [row[span].detach().requires_grad_(need) for row, need in zip(rows, wanted, strict=False)]
+                loss, sums = function(pieces, live)
+            totals += torch.stack([value.detach().to(dtype) for value in (loss, *sums)])
             if loss.requires_grad:
-                _add_gradients(loss, pieces, leaves, row_gradients, head_gradients, span)
-        ctx.save_for_backward(*row_gradients, *head_gradients)
+                loss.backward(inputs=[t for t in (*pieces, *(head.trigger for head in live)) if t.requires_grad])
+            for piece, gradient in zip(pieces, row_gradients, strict=True):
+                if piece.grad is not None:
+                    gradient[span] = piece.grad
+        ctx.save_for_backward(*row_gradients, *(gradient for head in live for gradient in head.gradients()))
         ctx.dtypes = [t.dtype for t in tensors]
-        ctx.mark_non_differentiable(*totals[1:])
-        return tuple(totals)
+        results = totals.unbind()
+        ctx.mark_non_differentiable(*results[1:])
+        return results
 
     @staticmethod
     @once_differentiable
@@ -258,20 +263,52 @@ class _SumOverChunks(torch.autograd.Function):
         return (None, None, None, None, None, *gradients)
 
 
-def _add_gradients(loss, pieces, leaves, row_gradients, head_gradients, span) -> None:
-    sources = [t for t in (*pieces, *leaves) if t.requires_grad]
-    gradients = iter(torch.autograd.grad(loss, sources, allow_unused=True))
-    for piece, total in zip(pieces, row_gradients, strict=True):
-        if piece.requires_grad and (gradient := next(gradients)) is not None:
-            total[span] = gradient
-    for leaf, total in zip(leaves, head_gradients, strict=True):
-        if leaf.requires_grad and (gradient := next(gradients)) is not None:
-            total += gradient
+class _LiveHead:
+    """A head within a chunk: called like a `Head`, it adds up its own gradient where one is wanted."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head.detach().in_compute_dtype()
+        self.num_rows = head.num_rows
+        self.totals = [
+            torch.zeros_like(p, dtype=_accumulator(p)) if p.requires_grad else None for p in head.parameters()
+        ]
+        self.trigger = torch.zeros((), requires_grad=any(total is not None for total in self.totals))
+
+    def __call__(self, hidden_CD: Tensor) -> Tensor:
+        hidden_CD = hidden_CD.to(self.head.weight_VD.dtype)
+        if not self.trigger.requires_grad:
+            return self.head(hidden_CD)
+        totals = (*self.totals, None)[:2]
+        return self.head.shaped(
+            _AddingLinear.apply(hidden_CD, self.trigger, self.head.weight_VD, self.head.bias_V, *totals)
+        )
+
+    def gradients(self) -> list[Tensor | None]:
+        return self.totals
 
 
-def _regroup(heads: Sequence[Head], leaves: Sequence[Tensor]) -> list[Head]:
-    remaining = iter(leaves)
-    return [head.with_parameters([next(remaining) for _ in head.parameters()]) for head in heads]
+class _AddingLinear(torch.autograd.Function):
+    """A linear layer whose backward adds the gradient of its weight to a running total, without a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, hidden_CD, trigger, weight_VD, bias_V, weight_total_VD, bias_total_V):
+        ctx.save_for_backward(hidden_CD, weight_VD)
+        ctx.totals = weight_total_VD, bias_total_V
+        return linear(hidden_CD, weight_VD, bias_V)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_CV):
+        hidden_CD, weight_VD = ctx.saved_tensors
+        weight_total_VD, bias_total_V = ctx.totals
+        if weight_total_VD is not None and weight_total_VD.dtype == gradient_CV.dtype:
+            weight_total_VD.addmm_(gradient_CV.T, hidden_CD)
+        elif weight_total_VD is not None:
+            weight_total_VD += gradient_CV.T @ hidden_CD
+        if bias_total_V is not None:
+            bias_total_V += gradient_CV.sum(0)
+        hidden_gradient = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
+        return hidden_gradient, None, None, None, None, None
 
 
 def _accumulator(parameter: Tensor) -> torch.dtype:
