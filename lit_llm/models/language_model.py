@@ -56,7 +56,7 @@ class ModelSpec:
         tokenizer: hub id, folder or package of the tokenizer; None: that of `source`.
         keep_layers: a cut: these layers of the source, in this order.
         dtype: of the weights.
-        attention: implementation of attention.
+        attention: implementation of attention; None: transformers' choice for the architecture.
         lora: train adapters instead of the weights.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
     """
@@ -66,7 +66,7 @@ class ModelSpec:
     tokenizer: Optional[str] = None
     keep_layers: Optional[list[int]] = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Optional[Literal["sdpa", "eager", "flash_attention_2"]] = None
     lora: Optional[Lora] = None
     gradient_checkpointing: bool = False
 

@@ -55,7 +55,7 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
-def load_model(source: str, keep_layers: list[int] | None, attention: str, dtype: torch.dtype) -> nn.Module:
+def load_model(source: str, keep_layers: list[int] | None, attention: str | None, dtype: torch.dtype) -> nn.Module:
     """A causal language model, perhaps cut to some of its layers.
 
     Raises:
@@ -67,7 +67,7 @@ def load_model(source: str, keep_layers: list[int] | None, attention: str, dtype
     return model if keep_layers is None else cut(model, keep_layers, source)
 
 
-def random_start(config: dict[str, Any], attention: str, dtype: torch.dtype) -> nn.Module:
+def random_start(config: dict[str, Any], attention: str | None, dtype: torch.dtype) -> nn.Module:
     """A model with random weights from torch's generator.
 
     Raises:
