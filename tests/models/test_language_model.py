@@ -40,7 +40,7 @@ def test_padding_changes_no_hidden_state(folder):
 
 
 def test_greedy_answers_do_not_depend_on_what_stands_beside_them(folder):
-    model = loaded(folder).double()
+    model = loaded(folder)  # float32: transformers' eager masks overflow to NaN in float64
     together = model.generate(SEQUENCES, max_new_tokens=6)
     assert together == [model.generate([one], max_new_tokens=6)[0] for one in SEQUENCES]
 
