@@ -130,7 +130,7 @@ class TrainingCLI(LightningCLI):
         elif self.subcommand == "fit" and not config.get("ckpt_path") and (runs / run.version).exists():
             raise FileExistsError(
                 f"The run folder {runs / run.version} exists.\n"
-                f"  Continue it with --ckpt_path last, or leave out --run.version for a new one."
+                f"  Continue it with --ckpt_path last, or start a new one with --run.version=null."
             )
 
 
