@@ -284,9 +284,9 @@ class CrossModelAttention(nn.Module):
 
         A row of a sequence without supervised tokens on the other side attends to nothing and becomes 0.
         """
-        wide = torch.float64 if student_TD.dtype == torch.float64 else torch.float32
-        value_UE = teacher_UE.detach() / scales.hidden + teacher_embedding_WE.detach()[value_U] / scales.value
-        to_student_UD, to_teacher_TE = self.t2s(value_UE).to(wide), self.s2t(student_TD).to(wide)
+        embedding_UE = _wide(teacher_embedding_WE.detach()[value_U])
+        value_UE = _wide(teacher_UE.detach()) / scales.hidden + embedding_UE / scales.value
+        to_student_UD, to_teacher_TE = _wide(self.t2s(value_UE)), _wide(self.s2t(student_TD))
         teacher_parts = to_student_UD.split([piece.shape[1] for piece in scores])
         student_parts = to_teacher_TE.split([piece.shape[0] for piece in scores])
         attended_TD = [score.softmax(-1) @ part for score, part in zip(scores, teacher_parts, strict=True)]
@@ -314,9 +314,8 @@ class CrossModelAttention(nn.Module):
         """
         query_T = self.query(_token_pairs(student_embedding_VD, student_ids))
         key_U = _token_pairs(teacher_embedding_WE, teacher_ids) / key_scale
-        wide = torch.float64 if query_T.dtype == torch.float64 else torch.float32
-        queries = query_T.to(wide).split(_lengths(student_ids[2], num_sequences))
-        keys = key_U.to(wide).split(_lengths(teacher_ids[2], num_sequences))
+        queries = _wide(query_T).split(_lengths(student_ids[2], num_sequences))
+        keys = key_U.split(_lengths(teacher_ids[2], num_sequences))
         return [query @ key.T / math.sqrt(key.shape[1]) for query, key in zip(queries, keys, strict=True)]
 
 
@@ -353,7 +352,7 @@ def _fit(into: Tensor, source: Tensor, cross: Tensor, num_rows: int, rcond: floa
 
 def _token_pairs(embedding: Tensor, ids: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     embedding = embedding.detach()
-    return torch.cat([embedding[ids[0]], embedding[ids[1]]], dim=-1)
+    return _wide(torch.cat([embedding[ids[0]], embedding[ids[1]]], dim=-1))
 
 
 def _lengths(sequence: Tensor, num_sequences: int) -> list[int]:
@@ -361,4 +360,8 @@ def _lengths(sequence: Tensor, num_sequences: int) -> list[int]:
 
 
 def _deviation(tensor: Tensor) -> Tensor:
-    return (tensor if tensor.dtype == torch.float64 else tensor.float()).std()
+    return _wide(tensor).std()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
