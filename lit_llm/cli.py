@@ -14,7 +14,10 @@ _COMMANDS = {
     "validate": ("evaluate a checkpoint on the validation data", "validate --config RUN/config.yaml --ckpt_path last"),
     "test": ("evaluate a checkpoint on the test data", "test --config RUN/config.yaml --ckpt_path last"),
     "predict": ("answer the test prompts into predictions.jsonl", "predict --config RUN/config.yaml --ckpt_path last"),
-    "export": ("write a checkpoint as a Hugging Face folder", "export --config RUN/config.yaml --ckpt_path last --to DIR"),
+    "export": (
+        "write a checkpoint as a Hugging Face folder",
+        "export --config RUN/config.yaml --ckpt_path last --to DIR",
+    ),
     "generate": ("talk to any model folder", 'generate --model RUN/model --prompt "Name three colours."'),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }

@@ -1,6 +1,6 @@
 """fit, validate, test, predict and export, on LightningCLI: configs, overrides, run folders, checkpoints.
 
-A run lives in `ROOT/NAME/version_N`: resolved config, TensorBoard events, metrics.csv, checkpoints, model/, report.html.
+A run lives in `ROOT/NAME/version_N`: config, TensorBoard events, metrics.csv, checkpoints, model/, report.html.
 """
 
 from __future__ import annotations

@@ -47,9 +47,7 @@ def test_a_folder_imports_only_what_it_may(folder):
 
 def test_losses_import_torch_and_nothing_else():
     for path in (PACKAGE / "losses").glob("*.py"):
-        foreign = {
-            name.split(".")[0] for name in imports_of(path) if name.split(".")[0] not in sys.stdlib_module_names
-        }
+        foreign = {name.split(".")[0] for name in imports_of(path) if name.split(".")[0] not in sys.stdlib_module_names}
         assert foreign <= {"torch", "lit_llm"}, path
 
 

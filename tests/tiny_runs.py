@@ -39,7 +39,9 @@ def tiny_config(folder: Path, method: str, **trainer) -> Path:
     """Write models, data and a config for one of METHODS; the config's stem is the method's name."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level, cross = byte_level_tokenizer(), "cross" in method
-    student = tiny_model_folder(folder / "student", family="gpt2", tokenizer=byte_level, hidden_size=16, layers=2, seed=1)
+    student = tiny_model_folder(
+        folder / "student", family="gpt2", tokenizer=byte_level, hidden_size=16, layers=2, seed=1
+    )
     teacher = tiny_model_folder(
         folder / "teacher",
         family="llama",

@@ -177,7 +177,9 @@ class Instructions(L.LightningDataModule):
         if self.limit is not None:
             rows = rows.select(range(min(self.limit, len(rows))))
         student, teacher = self._tokenizers()
-        return tokenize_rows(rows, self.encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split])
+        return tokenize_rows(
+            rows, self.encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split]
+        )
 
     def _tokenizers(self):
         """The student's tokenizer and, where it differs, the teacher's, as the method names them."""

@@ -56,7 +56,7 @@ def _read(source: str):
         if not path.is_file():
             raise FileNotFoundError(
                 f"No data file at {source} (looked in {Path.cwd()}).\n"
-                f"  Correct data.train / validation / test, or use the shipped set: demo:train, demo:validation, demo:test."
+                f"  Correct data.train / validation / test, or use the shipped set: demo:train, demo:validation, ..."
             )
         try:
             return datasets.load_dataset(
@@ -88,7 +88,9 @@ def _single(loaded, source: str, split: str):
     if not isinstance(loaded, dict):
         return loaded
     if split not in loaded:
-        raise ValueError(f"{source} has the parts {', '.join(loaded)}, not {split!r}. Name one: {source}@{next(iter(loaded))}.")
+        raise ValueError(
+            f"{source} has the parts {', '.join(loaded)}, not {split!r}. Name one: {source}@{next(iter(loaded))}."
+        )
     return loaded[split]
 
 

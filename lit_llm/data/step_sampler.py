@@ -1,7 +1,7 @@
 """Which examples make up which micro-batch of which optimizer step, on which rank.
 
 One object plans the whole epoch from a seed, so every rank knows how many supervised tokens the *whole* optimizer step
-holds (all accumulation steps, all ranks) before its first backward pass, and a resumed run continues with the same order.
+holds (all accumulation steps, all ranks) before its first backward pass, and a resumed run keeps the same order.
 """
 
 from __future__ import annotations

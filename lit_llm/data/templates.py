@@ -28,7 +28,9 @@ def render_prompt(tokenizer, template: Template, instruction: str, context: str 
         ValueError: `chat` with a tokenizer that has no chat template, or a system message without `chat`.
     """
     if system is not None and template != "chat":
-        raise ValueError(f"data.system is set but data.template is {template!r}, which has no system message. Use chat.")
+        raise ValueError(
+            f"data.system is set but data.template is {template!r}, which has no system message. Use chat."
+        )
     if template == "alpaca":
         clause = ", paired with an input that provides further context" if context else ""
         block = f"### Input:\n{context}\n\n" if context else ""

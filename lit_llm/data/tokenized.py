@@ -138,7 +138,7 @@ def tokenize_rows(rows, encoding: Encoding, student, teacher, *, workers: int, n
     """
     if teacher is not None and encoding.supervise == "all":
         raise ValueError(
-            "data.supervise is 'all', but student and teacher have different tokenizers, whose prompts are not aligned.\n"
+            "data.supervise is 'all', but student and teacher have different tokenizers, and prompts are not aligned.\n"
             "  Set data.supervise: answers, or take a teacher with the student's tokenizer."
         )
     encoder = RowEncoder(encoding, student, teacher)

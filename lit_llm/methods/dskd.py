@@ -60,7 +60,9 @@ class DSKD(Distillation):
     ) -> None:
         super().__init__(student, teacher, optimization, generation, loss_chunk)
         if not 0 <= kd_weight <= 1:
-            raise ValueError(f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher).")
+            raise ValueError(
+                f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
+            )
         self.kd_weight, self.divergence, self.projectors = kd_weight, divergence, projectors
         self.t2s: Projector | None = None
         self.s2t: nn.Module | None = None
@@ -98,9 +100,7 @@ class DSKD(Distillation):
         if self.t2s is not None or self.attention is not None:
             return
         if self.uses_attention:
-            self.attention = CrossModelAttention(
-                self.student.hidden_size, self.teacher.hidden_size, bias=settings.bias
-            )
+            self.attention = CrossModelAttention(self.student.hidden_size, self.teacher.hidden_size, bias=settings.bias)
             return
         self._build_projectors(settings)
         if self.teacher_tokenizer is not None:
@@ -134,9 +134,7 @@ class DSKD(Distillation):
         ideal, widths = settings.start == "ideal", (self.teacher.hidden_size, self.student.hidden_size)
         self.t2s = Projector(*widths, bias=settings.bias, start=to_student if ideal else None)
         if settings.student_to_teacher == "closed_form":
-            self.s2t = ClosedFormStudentToTeacher(
-                to_teacher.gram_inverse, shared, center_heads=settings.center_heads
-            )
+            self.s2t = ClosedFormStudentToTeacher(to_teacher.gram_inverse, shared, center_heads=settings.center_heads)
         else:
             self.s2t = Projector(*reversed(widths), bias=settings.bias, start=to_teacher if ideal else None)
 
@@ -164,7 +162,9 @@ class DSKD(Distillation):
         )
 
         self.log("train/loss", terms.loss.detach(), prog_bar=True)
-        self.log_step({"ce": terms.ce, "accuracy": terms.correct, "align_ratio": torch.tensor(terms.pairs)}, terms.tokens)
+        self.log_step(
+            {"ce": terms.ce, "accuracy": terms.correct, "align_ratio": torch.tensor(terms.pairs)}, terms.tokens
+        )
         self.log_step({"t2s_accuracy": terms.t2s_correct, "s2t_agreement": terms.s2t_agree}, terms.pairs)
         self.log_step({"mapped_ratio": terms.mapped}, terms.pairs)
         mapped = {"t2s_ce": terms.t2s_ce, "s2t_kd": terms.s2t_kd, "t2s_agreement": terms.t2s_agree}

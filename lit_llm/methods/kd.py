@@ -41,14 +41,16 @@ class KD(Distillation):
     ) -> None:
         super().__init__(student, teacher, optimization, generation, loss_chunk)
         if not 0 <= kd_weight <= 1:
-            raise ValueError(f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher).")
+            raise ValueError(
+                f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
+            )
         self.kd_weight, self.divergence = kd_weight, divergence
 
     def configure_model(self) -> None:
         if self.teacher_tokenizer is not None:
             raise ValueError(
                 f"KD compares the two models column by column, but their tokenizers differ: the student's has "
-                f"{len(self.student_tokenizer):,} tokens, the teacher's {len(self.teacher_tokenizer):,}, or other ones.\n"
+                f"{len(self.student_tokenizer):,} tokens, the teacher's {len(self.teacher_tokenizer):,}.\n"
                 f"  Use DSKD (configs/dskd_cross_tokenizer.yaml), which aligns them, or a teacher of the same family."
             )
         super().configure_model()

@@ -174,5 +174,3 @@ def test_exporting_over_a_folder_is_refused(tmp_path, capfd):
 def test_supervising_prompts_of_two_tokenizers_is_refused(tmp_path, capfd):
     text = fit_message(capfd, tiny_config(tmp_path, "dskd_cross"), "--data.init_args.supervise=all")
     assert "data.supervise" in text
-
-

@@ -17,7 +17,11 @@ SENTENCEPIECE = ("llama", "mistral", "tinyllama", "gemma", "Qwen")
 
 def stand_in(folder: Path, source: str) -> str:
     """A tiny model with a tokenizer of the kind that the real one has, and with as many layers as a cut may name."""
-    kind = sentencepiece_tokenizer if any(name.lower() in source.lower() for name in SENTENCEPIECE) else byte_level_tokenizer
+    kind = (
+        sentencepiece_tokenizer
+        if any(name.lower() in source.lower() for name in SENTENCEPIECE)
+        else byte_level_tokenizer
+    )
     tokenizer = kind()
     tokenizer.chat_template = CHAT
     width = 32 if "gpt2" in source.lower() else 16
@@ -30,7 +34,11 @@ def reduced(path: Path, folder: Path) -> Path:
     sources = {role: model[role]["source"] for role in ("student", "teacher") if role in model}
     settings = {
         "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()}},
-        "data": {"init_args": {part: str(write_rows(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")}},
+        "data": {
+            "init_args": {
+                part: str(write_rows(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")
+            }
+        },
         "trainer": {
             **{"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
             **{"max_epochs": 1, "enable_model_summary": False},
@@ -58,7 +66,12 @@ def test_a_recipe_trains(recipe, tmp_path):
 
 def test_overfitting_eight_examples_drives_the_loss_down(tmp_path):
     recipe = CONFIGS / "sft.yaml"
-    cli = run(recipe, reduced(recipe, tmp_path), CONFIGS / "debug" / "overfit.yaml", options=("--model.init_args.optimization.lr=1e-2",))
+    cli = run(
+        recipe,
+        reduced(recipe, tmp_path),
+        CONFIGS / "debug" / "overfit.yaml",
+        options=("--model.init_args.optimization.lr=1e-2",),
+    )
     assert cli.trainer.callback_metrics["train/ce"] < 2.5
 
 

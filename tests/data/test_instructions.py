@@ -36,7 +36,10 @@ def data_module(tmp_path, teacher=None, world_size=1, **settings) -> Instruction
     data = Instructions(**{"train": str(path), "validation": str(path), "test": None, **options, **settings})
     method = SimpleNamespace(student_tokenizer=byte_level_tokenizer(), teacher_tokenizer=teacher)
     data.trainer = SimpleNamespace(
-        lightning_module=method, world_size=world_size, global_rank=0, accumulate_grad_batches=1,
+        lightning_module=method,
+        world_size=world_size,
+        global_rank=0,
+        accumulate_grad_batches=1,
         state=SimpleNamespace(fn=SimpleNamespace(value="fit")),
     )
     data.setup("fit")
@@ -114,7 +117,9 @@ def test_tokenised_rows_are_found_again_in_the_cache_and_made_anew_for_other_lim
 
 def test_alpaca_prompts_have_the_published_wording():
     text = render_prompt(None, "alpaca", "Add.", "1 and 2")
-    assert text.startswith("Below is an instruction that describes a task, paired with an input that provides further context. ")
+    assert text.startswith(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+    )
     assert text.endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
     assert "### Input" not in render_prompt(None, "alpaca", "Add.")
 
@@ -149,7 +154,9 @@ def test_rows_are_read_from(kind, tmp_path):
 
 
 def test_a_part_of_a_saved_data_set_can_be_named(tmp_path):
-    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "small": datasets.Dataset.from_list(ROWS[:2])})
+    parts = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "small": datasets.Dataset.from_list(ROWS[:2])}
+    )
     parts.save_to_disk(tmp_path / "both")
     assert len(load_rows(f"{tmp_path / 'both'}@small", {}, ("prompt",))) == 2
     with pytest.raises(ValueError, match="train, small"):

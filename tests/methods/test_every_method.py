@@ -1,4 +1,4 @@
-"""What holds for every method: what should train moves, what is frozen does not, and splitting a batch changes nothing."""
+"""What holds for every method: what should train moves, what is frozen stays, splitting a batch changes nothing."""
 
 import subprocess
 import sys
@@ -64,8 +64,16 @@ def test_a_checkpoint_holds_the_student_and_nothing_of_the_teacher(tmp_path, met
 def test_splitting_a_batch_into_accumulation_steps_does_not_change_the_weights(tmp_path, method):
     def trained(batch_size: int, accumulate: int):
         config = tiny_config(tmp_path / f"{batch_size}", method, max_steps=3, accumulate_grad_batches=accumulate)
-        options = [f"--data.init_args.batch_size={batch_size}", "--data.init_args.bucket=1", "--trainer.precision=64-true"]
-        options += ["--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", "--checkpoint.every_n_train_steps=3"]
+        options = [
+            f"--data.init_args.batch_size={batch_size}",
+            "--data.init_args.bucket=1",
+            "--trainer.precision=64-true",
+        ]
+        options += [
+            "--trainer.limit_val_batches=0",
+            "--trainer.val_check_interval=null",
+            "--checkpoint.every_n_train_steps=3",
+        ]
         options += ["--model.init_args.student.dtype=float32", *SPLITTABLE[method]]
         return state(fit(config, *options).model)
 
