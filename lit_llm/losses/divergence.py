@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ Name = Literal[
 ]
 
 
+_USED_BY = {
+    "skew": ("skewed_forward_kl", "skewed_reverse_kl"),
+    "alpha": ("adaptive_kl",),
+    "beta": ("generalized_js",),
+    "epsilon": ("js",),
+}
+
+
 @dataclass(frozen=True)
 class Divergence:
     """How two next-token distributions are compared.
@@ -37,13 +45,14 @@ class Divergence:
     Args:
         name: forward_kl = KL(teacher || student), reverse_kl, symmetric_kl (their mean), js, generalized_js (`beta`),
             skewed_forward_kl and skewed_reverse_kl (`skew`), adaptive_kl (`alpha`), tvd (total variation), top1_ce
-            (cross-entropy on the teacher's best token), hierarchical_ranking (order of the top 5).
+            (cross-entropy on the teacher's best token), hierarchical_ranking (order of the top 5,
+            without temperature).
         temperature: divides both logits.
         teacher_temperature: divides the teacher's logits once more.
         skew: share of the first distribution in the mixture of a skewed KL.
         alpha: mass of the tail in the adaptive KL.
         beta: weight of the student in the generalized JS.
-        epsilon: added inside every logarithm of `js`; 1e-9 as released, 0 is exact.
+        epsilon: added inside every logarithm of js; 1e-9 as released, 0 is exact.
         scale_by_temperature_squared: multiply by temperature^2, which keeps the size of gradients.
     """
 
@@ -57,6 +66,8 @@ class Divergence:
     scale_by_temperature_squared: bool = False
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(Name):
+            raise ValueError(f"divergence.name is {self.name!r}; known are {', '.join(get_args(Name))}.")
         for field in ("temperature", "teacher_temperature"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"divergence.{field} is {getattr(self, field)}; a temperature is above 0.")
@@ -65,6 +76,12 @@ class Divergence:
                 raise ValueError(f"divergence.{field} is {getattr(self, field)}; it is a share between 0 and 1.")
         if self.epsilon < 0:
             raise ValueError(f"divergence.epsilon is {self.epsilon}; it is 0 (exact) or a small positive number.")
+        for field, names in _USED_BY.items():
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.name not in names:
+                raise ValueError(
+                    f"divergence.{field} is {getattr(self, field)}, but divergence.name is {self.name!r}, which does not "
+                    f"use it. It belongs to {' and '.join(names)}."
+                )
 
     def __call__(self, student_TV: Tensor, teacher_TV: Tensor) -> Tensor:
         """The divergence of every token.
@@ -113,7 +130,7 @@ class Divergence:
             case "tvd":
                 per_entry_TV = 0.5 * (log_q_TV.exp() - log_p_TV.exp()).abs()
             case other:
-                raise ValueError(f"divergence.name {other!r} is not defined on log-probabilities.")
+                raise ValueError(f"{other} is not defined on log-probabilities.")
         return per_entry_TV.sum(-1)
 
 

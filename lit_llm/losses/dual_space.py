@@ -345,7 +345,8 @@ def _student_space(
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
         student_CD, gold_C, label_C, projected_ND = rows
         student_CV = finite_logits(heads[0](student_CD))
-        ce = token_cross_entropy(student_CV, gold_C).sum()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and ce_weight != 0):
+            ce = token_cross_entropy(student_CV, gold_C).sum()
         with torch.no_grad():
             projected_NV, best_C = fixed(projected_ND), student_CV.argmax(-1)
         kd = settings.student_space(student_CV[: len(projected_NV)], projected_NV).sum()

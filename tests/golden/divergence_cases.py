@@ -28,14 +28,14 @@ def published(name: str, hparams: dict[str, Any]) -> Divergence:
     """A divergence under its published name and with its published settings."""
     temperature = hparams["temperature"] if "temperature" in hparams else hparams["kd_temperature"]
     assert hparams.get("hrl_topk", 5) == 5, "the published ranking loss always takes the top 5"
-    return Divergence(
-        name=_OUR_NAME.get(name, name),
-        temperature=temperature,
-        skew=hparams.get("skew_lambda", 0.1),
-        alpha=hparams.get("adaptive_kl_alpha", 0.5),
-        beta=hparams.get("jsd_beta", 0.5),
-        epsilon=1e-9 if name == "js_divergence" else 0.0,
-    )
+    name, epsilon = _OUR_NAME.get(name, name), 1e-9 if name == "js_divergence" else 0.0
+    share = {
+        "skewed_forward_kl": {"skew": hparams.get("skew_lambda", 0.1)},
+        "skewed_reverse_kl": {"skew": hparams.get("skew_lambda", 0.1)},
+        "adaptive_kl": {"alpha": hparams.get("adaptive_kl_alpha", 0.5)},
+        "generalized_js": {"beta": hparams.get("jsd_beta", 0.5)},
+    }.get(name, {})
+    return Divergence(name=name, temperature=temperature, epsilon=epsilon, **share)
 
 
 def check_divergence(case: Case) -> None:

@@ -100,14 +100,13 @@ def check_v2_same_vocabulary(case: Case) -> None:
     shared = shared_rows(models.student_head.weight_VD, models.teacher_head.weight_VD, topk=hparams["topk_vocab"])
     t2s, s2t = _projector(case, "t2s"), _closed_form(case, models, shared)
     divergence = published(hparams["kd_objective"], hparams)
-    settings = DualSpace(
-        divergence,
-        divergence,
-        student_mask="none" if on_policy else "agree",
-        agreement_threshold=1.0 if on_policy else hparams["t2s_agreement_threshold"],
-    )
     denominator = hparams["loss_denom"]
     kd_denominator = hparams["op_loss_denom"] if on_policy else denominator
+    # the released code divides the agreeing tokens by the denominator where ours divides by the labelled tokens
+    threshold = hparams["t2s_agreement_threshold"] * denominator / int(labelled.sum())
+    settings = DualSpace(divergence, divergence, student_mask="agree", agreement_threshold=threshold)
+    if on_policy:
+        settings = replace(settings, student_mask="none")
     student_TD, teacher_TE = models.student[labelled], models.teacher[labelled]
     projected_TE = _to_teacher(s2t, models, student_TD)
     terms = dual_space(
@@ -136,7 +135,7 @@ def check_v2_same_vocabulary(case: Case) -> None:
         terms._replace(loss=loss),
         denominator,
         kd_denominator=kd_denominator,
-        t2s_kd_denominator=kd_denominator if settings.student_mask == "none" or _unmasked(settings) else terms.masked,
+        t2s_kd_denominator=_divides_t2s_kd(settings, terms, kd_denominator),
     )
     case.check_scalar("t2s_agreement", terms.t2s_agree / kd_denominator)
     case.check_scalar("agreeing_tokens", terms.t2s_agree)
@@ -248,7 +247,7 @@ def check_v2_eta(case: Case) -> None:
         terms,
         denominator,
         kd_denominator=terms.mapped,
-        t2s_kd_denominator=terms.mapped if _unmasked(settings) else terms.masked,
+        t2s_kd_denominator=_divides_t2s_kd(settings, terms, terms.mapped),
     )
     _check_eta_scalars(case, terms, pairs_A3)
     _check_eta_grid(case, models, settings, t2s, s2t, pairs_A3, table_W)
@@ -352,10 +351,11 @@ def _to_teacher(s2t: ClosedFormStudentToTeacher, models: _Models, hidden: Tensor
     return s2t(hidden, models.student_head.weight_VD, models.teacher_head.weight_VD, step=0)
 
 
-def _unmasked(settings: DualSpace) -> bool:
-    """The published threshold 0 masks only where nothing agrees, and then the term is 0 either way."""
-    assert settings.agreement_threshold in (0.0, 1.0)
-    return settings.agreement_threshold == 0.0
+def _divides_t2s_kd(settings: DualSpace, terms: DualSpaceTerms, kd_denominator: Tensor | float) -> Tensor | float:
+    """The published masked term is a mean of its own; there it is 0 where nothing agrees."""
+    if settings.student_mask == "none" or terms.t2s_agree > settings.agreement_threshold * terms.mapped:
+        return kd_denominator
+    return terms.masked.clamp(min=1)
 
 
 def _hotter_teacher(divergence: Divergence, temperature: float) -> Divergence:

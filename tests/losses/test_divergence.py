@@ -12,11 +12,12 @@ from lit_llm.losses.divergence import Divergence
 from tests.reference import divergences as reference
 
 NAMES = get_args(get_type_hints(Divergence)["name"])
-SETTINGS = [
-    {"temperature": 1.0},
-    {"temperature": 2.0, "teacher_temperature": 1.5},
-    {"temperature": 0.7, "skew": 0.3, "alpha": 0.8, "beta": 0.2},
-]
+SHARES = {
+    "skewed_forward_kl": {"skew": 0.3},
+    "skewed_reverse_kl": {"skew": 0.3},
+    "adaptive_kl": {"alpha": 0.8},
+    "generalized_js": {"beta": 0.2},
+}
 
 
 def logits(num_tokens=6, vocabulary=13, scale=2.0, seed=0):
@@ -46,10 +47,10 @@ def test_every_divergence_has_a_reference():
     assert set(NAMES) == set(reference.DIVERGENCES)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "hotter teacher", "other shares"])
-@pytest.mark.parametrize("name", NAMES)
-def test_value_and_gradient_are_those_of_the_definition(name, settings):
-    divergence = Divergence(name=name, **settings)
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 2.0, "teacher_temperature": 1.5}], ids=str)
+@pytest.mark.parametrize(("name", "share"), [*((name, {}) for name in NAMES), *SHARES.items()], ids=str)
+def test_value_and_gradient_are_those_of_the_definition(name, share, settings):
+    divergence = Divergence(name=name, **share, **settings)
     expected = value_and_gradient(by_definition(divergence), *logits())
     found = value_and_gradient(divergence, *logits())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
@@ -156,3 +157,14 @@ def test_no_token_gives_no_value(name):
 def test_a_setting_without_meaning_is_refused_by_name(setting, value):
     with pytest.raises(ValueError, match=f"divergence.{setting} is {value}"):
         Divergence(**{setting: value})
+
+
+@pytest.mark.parametrize(("setting", "value"), [("skew", 0.2), ("alpha", 0.3), ("beta", 0.7), ("epsilon", 1e-9)])
+def test_a_setting_that_the_divergence_does_not_use_is_refused(setting, value):
+    with pytest.raises(ValueError, match=f"divergence.{setting} is {value}, but divergence.name is 'forward_kl'"):
+        Divergence(name="forward_kl", **{setting: value})
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'kl'; known are forward_kl"):
+        Divergence(name="kl")

@@ -80,7 +80,7 @@ def top1_ce(q, p, **_):
 def hierarchical_ranking(q, p, **_):
     """The authors' index-wise comparison of student and teacher probabilities included."""
     teacher_top = sorted(range(len(p)), key=lambda v: -float(p[v]))[:5]
-    student_top = sorted(range(len(q)), key=lambda v: -float(q[v]))[:5]
+    student_top = sorted(range(len(q)), key=lambda v: -float(q[v].detach()))[:5]
     q_t, q_s, p_s = [q[v] for v in teacher_top], [q[v] for v in student_top], [p[v] for v in student_top]
     total = sum(torch.relu(q_i - q_t[0]) for q_i in q_t)
     for i in range(5):
