@@ -138,7 +138,18 @@ def ideal_projectors(
     return to_student, to_teacher
 
 
-class Projector(nn.Linear):
+class _NeverHalf(nn.Module):
+    """Follows devices and float64, but keeps its numbers where the models around it turn to half precision."""
+
+    def _apply(self, fn, recurse: bool = True):
+        def full(tensor: Tensor) -> Tensor:
+            moved = fn(tensor[:0])
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else fn(tensor)
+
+        return super()._apply(full, recurse)
+
+
+class Projector(_NeverHalf, nn.Linear):
     """A trained map between hidden spaces.
 
     Its weights stay in float32 when the models are in half precision; the output has the input's dtype.
@@ -169,31 +180,25 @@ class Projector(nn.Linear):
         return linear(hidden.to(self.weight.dtype), self.weight, self.bias).to(hidden.dtype)
 
 
-class ClosedFormStudentToTeacher(nn.Module):
+class ClosedFormStudentToTeacher(_NeverHalf):
     """S = (A_t^T A_t)^+ A_t^T A_s from the *current* student head, without parameters (v2).
 
-    Nothing of it enters a checkpoint. The student's body gets a gradient through `hidden`, its head and S get none.
+    Nothing of it enters a checkpoint. The student's body gets a gradient through `hidden`, its head and S get none. S is
+    formed in at least float32, whatever precision the models have.
 
     Args:
-        teacher_gram_inverse_EE: of `ideal_projectors`, the second fit. Kept in float32 unless `dtype` says otherwise.
+        teacher_gram_inverse_EE: of `ideal_projectors`, the second fit.
         shared: which rows are compared.
         center_heads: as in `ideal_projectors`.
-        dtype: of the stored matrix and of the product.
     """
 
-    def __init__(
-        self,
-        teacher_gram_inverse_EE: Tensor,
-        shared: SharedRows,
-        *,
-        center_heads: bool = False,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+    def __init__(self, teacher_gram_inverse_EE: Tensor, shared: SharedRows, *, center_heads: bool = False) -> None:
         super().__init__()
-        self.register_buffer("gram_inverse_EE", teacher_gram_inverse_EE.to(dtype), persistent=False)
+        # not a buffer: converting the module to half precision must not reach it
+        self._gram_inverse_EE = teacher_gram_inverse_EE
         self.register_buffer("student_K", shared.student_K, persistent=False)
         self.register_buffer("teacher_K", shared.teacher_K, persistent=False)
-        self.num_shared, self.center_heads, self.dtype = shared.num, center_heads, dtype
+        self.num_shared, self.center_heads = shared.num, center_heads
         self._map_ED: Tensor | None = None
         self._step: int | None = None
 
@@ -212,17 +217,19 @@ class ClosedFormStudentToTeacher(nn.Module):
 
     @torch.no_grad()
     def weight(self, student_VD: Tensor, teacher_WE: Tensor) -> Tensor:
-        """S, (E, D)."""
+        """S, (E, D), in float32, or float64 for a student in float64."""
+        device, dtype = student_VD.device, torch.float64 if student_VD.dtype == torch.float64 else torch.float32
         shared = SharedRows(self.student_K, self.teacher_K, self.num_shared)
-        cross_ED = torch.zeros(teacher_WE.shape[1], student_VD.shape[1], dtype=self.dtype, device=student_VD.device)
+        cross_ED = torch.zeros(teacher_WE.shape[1], student_VD.shape[1], dtype=dtype, device=device)
         sum_D, sum_E = cross_ED.new_zeros(student_VD.shape[1]), cross_ED.new_zeros(teacher_WE.shape[1])
-        with torch.autocast(student_VD.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             for student_KD, teacher_KE in shared.pieces(student_VD, teacher_WE):
-                student_KD, teacher_KE = student_KD.to(self.dtype), teacher_KE.to(self.dtype)
+                student_KD, teacher_KE = student_KD.to(dtype), teacher_KE.to(dtype)
                 cross_ED.addmm_(teacher_KE.T, student_KD)
                 if self.center_heads:
                     sum_D, sum_E = sum_D + student_KD.sum(0), sum_E + teacher_KE.sum(0)
-            return self.gram_inverse_EE @ (cross_ED - torch.outer(sum_E, sum_D) / shared.num)
+            self._gram_inverse_EE = self._gram_inverse_EE.to(device, dtype)
+            return self._gram_inverse_EE @ (cross_ED - torch.outer(sum_E, sum_D) / shared.num)
 
 
 class Scales(NamedTuple):

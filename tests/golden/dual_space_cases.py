@@ -337,7 +337,7 @@ def _closed_form(case: Case, models: _Models, shared: SharedRows) -> ClosedFormS
     if "init.teacher_head_pinv" in case:
         rows_KE = torch.cat([piece_KE for _, piece_KE in shared.pieces(student_VD, teacher_WE)])
         case.check("init.teacher_head_pinv", pseudo_inverse(rows_KE, to_teacher))
-    return ClosedFormStudentToTeacher(to_teacher.gram_inverse, shared, dtype=case.dtype)
+    return ClosedFormStudentToTeacher(to_teacher.gram_inverse, shared)
 
 
 def _shared_by_string(case: Case, student, teacher) -> SharedRows:

@@ -139,7 +139,7 @@ def test_the_closed_form_map_follows_the_current_head(heads, ids, center):
     student, teacher = heads[0].requires_grad_(), heads[1]
     shared = shared_rows(student, teacher, *ids)
     _, to_teacher = ideal_projectors(student.detach(), teacher, shared, center_heads=center)
-    s2t = ClosedFormStudentToTeacher(to_teacher.gram_inverse, shared, center_heads=center, dtype=torch.float64)
+    s2t = ClosedFormStudentToTeacher(to_teacher.gram_inverse, shared, center_heads=center)
     hidden = normal(6, D, seed=7).requires_grad_()
 
     torch.testing.assert_close(s2t(hidden, student, teacher, step=0), hidden @ to_teacher.weight.T)
@@ -164,6 +164,13 @@ def test_the_closed_form_map_is_kept_while_the_step_stays(heads):
     student *= 2
     assert torch.equal(s2t(hidden, student, teacher, step=3), first)
     torch.testing.assert_close(s2t(hidden, student, teacher, step=4), 2 * first)
+
+
+def test_converting_the_module_to_half_precision_does_not_reach_the_closed_form(heads):
+    shared = shared_rows(*heads)
+    s2t = ClosedFormStudentToTeacher(ideal_projectors(*heads, shared)[1].gram_inverse, shared)
+    before = s2t.weight(*heads)
+    assert torch.equal(s2t.bfloat16().weight(*heads), before)
 
 
 def test_the_closed_form_map_has_nothing_to_train_or_to_save(heads):
