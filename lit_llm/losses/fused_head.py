@@ -272,7 +272,9 @@ class _LiveHead:
         self.totals = [
             torch.zeros_like(p, dtype=_accumulator(p)) if p.requires_grad else None for p in head.parameters()
         ]
-        self.trigger = torch.zeros((), requires_grad=any(total is not None for total in self.totals))
+        # frozen hidden states alone would not call for a backward pass
+        wanted = any(total is not None for total in self.totals)
+        self.trigger = torch.zeros((), device=self.head.weight_VD.device, requires_grad=wanted)
 
     def __call__(self, hidden_CD: Tensor) -> Tensor:
         hidden_CD = hidden_CD.to(self.head.weight_VD.dtype)

@@ -1,4 +1,4 @@
-"""Golden cases of the dual-space loss: one tokenizer, cross-model attention, exact token alignment.
+"""Golden cases of the dual-space loss: one tokenizer, and two with exact token alignment.
 
 Every case is computed as a method computes it: supervised rows first, then the chunked loss, with a chunk that divides
 nothing evenly. Logits and values per token are computed beside it over the whole grid.
@@ -6,22 +6,17 @@ nothing evenly. Logits and values per token are computed beside it over the whol
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
-from lit_llm.losses.fused_head import Head, cross_entropy
+from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space
+from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.models.projector import (
     ClosedFormStudentToTeacher,
-    CrossModelAttention,
-    Projector,
-    Scales,
     SharedRows,
     ideal_projectors,
-    scales,
     shared_rows,
 )
 from tests.golden.alignment_cases import (
@@ -33,36 +28,16 @@ from tests.golden.alignment_cases import (
     stored_vocabularies,
 )
 from tests.golden.divergence_cases import published
+from tests.golden.dual_space_parts import CHUNK, Models, check_module, check_terms, projector
 from tests.golden.golden import Case
 from tests.golden.projector_cases import pseudo_inverse
 
-_CHUNK = 5
-
-
-@dataclass
-class _Models:
-    """The tensors of both models; the student's are leaves."""
-
-    student: Tensor
-    teacher: Tensor
-    student_head: Head
-    teacher_head: Head
-
-    @classmethod
-    def of(cls, case: Case) -> _Models:
-        heads = Head(case.leaf("student_head")), Head(case["teacher_head"])
-        return cls(case.leaf("student_hidden"), case["teacher_hidden"], *heads)
-
-    def check_gradients(self, case: Case) -> None:
-        case.check("grad.student_hidden", self.student.grad)
-        case.check("grad.student_head", self.student_head.weight_VD.grad)
-
 
 def check_v1_same_vocabulary(case: Case) -> None:
-    models, labels, denominator = _Models.of(case), case["labels"], case.hparams["loss_denom"]
+    models, labels, denominator = Models.of(case), case["labels"], case.hparams["loss_denom"]
     labelled, rate = labels != -100, case.hparams["kd_rate"]
     assert torch.equal(labelled, case["teacher_labels"] != -100)
-    t2s, s2t = _projector(case, "t2s"), _projector(case, "s2t")
+    t2s, s2t = projector(case, "t2s"), projector(case, "s2t")
     settings = DualSpace(
         published(case.hparams["kd_objective"], case.hparams),
         published(case.hparams["teacher_space_objective"], case.hparams),
@@ -81,13 +56,13 @@ def check_v1_same_vocabulary(case: Case) -> None:
         ce_weight=(1 - rate) / denominator,
         kd_weight=rate,
         kd_denominator=denominator,
-        chunk_size=_CHUNK,
+        chunk_size=CHUNK,
     )
     terms.loss.backward()
     models.check_gradients(case)
-    _check_module(case, t2s, "t2s")
-    _check_module(case, s2t, "s2t")
-    _check_terms(case, terms, denominator, kd_denominator=denominator, t2s_kd_denominator=denominator)
+    check_module(case, t2s, "t2s")
+    check_module(case, s2t, "s2t")
+    check_terms(case, terms, denominator, kd_denominator=denominator, t2s_kd_denominator=denominator)
     projected_WL = _check_grid(case, models, settings, t2s(models.teacher), s2t(models.student))
     hits = projected_WL.argmax(-1)[labelled] == case["teacher_labels"][labelled]
     case.check_scalar("s2t_acc", hits.double().sum() / denominator)
@@ -95,10 +70,10 @@ def check_v1_same_vocabulary(case: Case) -> None:
 
 
 def check_v2_same_vocabulary(case: Case) -> None:
-    models, labels, hparams = _Models.of(case), case["labels"], case.hparams
+    models, labels, hparams = Models.of(case), case["labels"], case.hparams
     labelled, rate, on_policy = labels != -100, hparams["kd_rate"], hparams["on_policy"]
     shared = shared_rows(models.student_head.weight_VD, models.teacher_head.weight_VD, topk=hparams["topk_vocab"])
-    t2s, s2t = _projector(case, "t2s"), _closed_form(case, models, shared)
+    t2s, s2t = projector(case, "t2s"), _closed_form(case, models, shared)
     divergence = published(hparams["kd_objective"], hparams)
     denominator = hparams["loss_denom"]
     kd_denominator = hparams["op_loss_denom"] if on_policy else denominator
@@ -121,16 +96,16 @@ def check_v2_same_vocabulary(case: Case) -> None:
         ce_weight=0.0 if on_policy else (1 - rate) / denominator,
         kd_weight=rate,
         kd_denominator=kd_denominator,
-        chunk_size=_CHUNK,
+        chunk_size=CHUNK,
     )
     loss = terms.loss
     if on_policy:  # the data's own batch, here of the same tensors
-        original = cross_entropy(student_TD, models.student_head, labels[labelled], chunk_size=_CHUNK)
+        original = cross_entropy(student_TD, models.student_head, labels[labelled], chunk_size=CHUNK)
         loss = loss + (1 - rate) / denominator * original.loss
     loss.backward()
     models.check_gradients(case)
-    _check_module(case, t2s, "t2s")
-    _check_terms(
+    check_module(case, t2s, "t2s")
+    check_terms(
         case,
         terms._replace(loss=loss),
         denominator,
@@ -149,65 +124,8 @@ def check_v2_same_vocabulary(case: Case) -> None:
         case.check_scalar("s2t_agreement", unchanged.double().sum() / denominator)
 
 
-def check_attention(case: Case) -> None:
-    models, hparams, denominator = _Models.of(case), case.hparams, case.hparams["loss_denom"]
-    is_v1, rate = "t2s.bias" in case, case.hparams["kd_rate"]
-    attention = _attention(case, bias=is_v1)
-    grid = _Grid.of(case, models, is_v1)
-    scores = attention.scores(
-        grid.student_ids,
-        grid.teacher_ids,
-        case["student_embed"],
-        case["teacher_embed"],
-        grid.scales.key,
-        len(grid.labelled_s),
-    )
-    attended_TD, attended_UE = attention(
-        models.student[grid.labelled_s],
-        models.teacher[grid.labelled_t],
-        scores,
-        grid.value_BL[grid.labelled_t],
-        case["teacher_embed"],
-        grid.scales,
-    )
-    student_space = published(hparams["kd_objective"], hparams)
-    teacher_space = published(hparams["teacher_space_objective"], hparams) if is_v1 else student_space
-    if hparams.get("teacher_temperature_used_in") == "student space only":
-        student_space = _hotter_teacher(student_space, hparams["teacher_temperature"])
-    settings = DualSpace(student_space, teacher_space, "gold", student_mask="correct", masked_mean="labelled")
-    target_T = case["student_labels"][grid.labelled_s]
-    terms = dual_space_cma(
-        models.student[grid.labelled_s],
-        target_T,
-        models.student_head,
-        attended_TD,
-        models.teacher[grid.labelled_t],
-        models.teacher_head,
-        attended_UE,
-        settings,
-        ce_weight=(1 - rate) / denominator,
-        kd_weight=rate,
-        kd_denominator=denominator,
-        chunk_size=_CHUNK,
-    )
-    terms.loss.backward()
-    models.check_gradients(case)
-    for name in ("t2s", "s2t", "query"):
-        _check_module(case, getattr(attention, name), name)
-    _check_terms(case, terms, denominator, kd_denominator=denominator, t2s_kd_denominator=denominator)
-    case.check_scalar("t2s_correct_tokens", terms.t2s_correct)
-    _check_scores(case, scores, grid)
-    z_ts, z_st = _check_attended_grid(case, models, settings, attended_TD, attended_UE, grid)
-    if "max_t2s_prob" in case.scalars():
-        case.check_scalar("max_t2s_prob", z_ts.softmax(-1).amax(-1).sum() / denominator)
-    if "s2t_acc" in case.scalars():
-        hits = z_st.argmax(-1) == case["teacher_labels"][grid.labelled_t]
-        case.check_scalar("s2t_acc", hits.double().mean())
-        case.check_scalar("t2s_acc", terms.t2s_correct.double() / denominator)
-
-
 def check_v2_eta(case: Case) -> None:
-    models, hparams = _Models.of(case), case.hparams
+    models, hparams = Models.of(case), case.hparams
     student, teacher = stored_vocabularies(case.folder, case.json_file)
     pairs_A3 = released_pairs_of_batch(case["student_labels"], case["teacher_labels"], student, teacher)
     case.check("aligned_pairs", pairs_A3)
@@ -215,7 +133,7 @@ def check_v2_eta(case: Case) -> None:
     batch_A, teacher_A, student_A = pairs_A3.T
     table_W = released_label_map(student, teacher, models.teacher_head.num_rows)
     shared = _shared_by_string(case, student, teacher)
-    t2s, s2t = _projector(case, "t2s"), _closed_form(case, models, shared)
+    t2s, s2t = projector(case, "t2s"), _closed_form(case, models, shared)
 
     labelled, labels = case["student_labels"] != -100, case["student_labels"]
     row_BL = labelled.flatten().cumsum(0).view_as(labelled) - 1
@@ -237,12 +155,12 @@ def check_v2_eta(case: Case) -> None:
         kd_denominator=None,
         pair_student_A=row_BL[batch_A, student_A],
         teacher_to_student_W=table_W,
-        chunk_size=_CHUNK,
+        chunk_size=CHUNK,
     )
     terms.loss.backward()
     models.check_gradients(case)
-    _check_module(case, t2s, "t2s")
-    _check_terms(
+    check_module(case, t2s, "t2s")
+    check_terms(
         case,
         terms,
         denominator,
@@ -254,14 +172,14 @@ def check_v2_eta(case: Case) -> None:
 
 
 def check_newer_same_vocabulary(case: Case) -> None:
-    models, hparams = _Models.of(case), case.hparams
+    models, hparams = Models.of(case), case.hparams
     shared = shared_rows(models.student_head.weight_VD, models.teacher_head.weight_VD, topk=hparams["topk_vocab"])
-    t2s, s2t = _projector(case, "t2s"), _closed_form(case, models, shared)
+    t2s, s2t = projector(case, "t2s"), _closed_form(case, models, shared)
     _check_newer(case, models, t2s, s2t, case["labels"], None, None)
 
 
 def check_newer_eta(case: Case) -> None:
-    models = _Models.of(case)
+    models = Models.of(case)
     student, teacher = stored_vocabularies(case.folder, case.json_file)
     pairs = newer_pairs(case["student_labels"].tolist(), case["teacher_labels"].tolist(), student, teacher)
     student_A, teacher_A = (torch.tensor(side) for side in pairs)
@@ -269,11 +187,11 @@ def check_newer_eta(case: Case) -> None:
     case.check("aligned_teacher", teacher_A)
     table_W = newer_label_map(student, teacher, models.teacher_head.num_rows)
     case.check("teacher_to_student_id", table_W)
-    t2s, s2t = _projector(case, "t2s"), _closed_form(case, models, _shared_by_string(case, student, teacher))
+    t2s, s2t = projector(case, "t2s"), _closed_form(case, models, _shared_by_string(case, student, teacher))
     _check_newer(case, models, t2s, s2t, case["student_labels"], (student_A, teacher_A), table_W)
 
 
-def _check_newer(case, models: _Models, t2s, s2t, labels_T, pairs, table_W) -> None:
+def _check_newer(case, models: Models, t2s, s2t, labels_T, pairs, table_W) -> None:
     """Same-vocabulary terms are divided by the average token count, aligned ones by the pairs that are left."""
     hparams, rate, denominator = case.hparams, case.hparams["kd_ratio"], case.hparams["avg_token_num"]
     student_A, teacher_A = pairs if pairs else (slice(None), slice(None))
@@ -293,13 +211,13 @@ def _check_newer(case, models: _Models, t2s, s2t, labels_T, pairs, table_W) -> N
         kd_denominator=None if pairs else denominator,
         pair_student_A=student_A if pairs else None,
         teacher_to_student_W=table_W,
-        chunk_size=_CHUNK,
+        chunk_size=CHUNK,
     )
     terms.loss.backward()
     models.check_gradients(case)
-    _check_module(case, t2s, "t2s")
+    check_module(case, t2s, "t2s")
     kd_denominator = terms.mapped if pairs else denominator
-    _check_terms(case, terms, denominator, kd_denominator=kd_denominator, t2s_kd_denominator=terms.masked)
+    check_terms(case, terms, denominator, kd_denominator=kd_denominator, t2s_kd_denominator=terms.masked)
     case.check_scalar("agreeing_tokens", terms.t2s_agree)
     case.check_scalar("t2s_agreement", terms.t2s_agree / kd_denominator)
     if pairs:
@@ -308,28 +226,7 @@ def _check_newer(case, models: _Models, t2s, s2t, labels_T, pairs, table_W) -> N
         case.check_scalar("align_ratio", terms.mapped / terms.tokens)
 
 
-def _projector(case: Case, name: str) -> Projector:
-    weight = case[f"{name}.weight"]
-    projector = Projector(weight.shape[1], weight.shape[0], bias=f"{name}.bias" in case).to(case.dtype)
-    return _fill(case, projector, name)
-
-
-def _fill(case: Case, projector: Projector, name: str) -> Projector:
-    with torch.no_grad():
-        for part, parameter in projector.named_parameters():
-            parameter.copy_(case[f"{name}.{part}"])
-    return projector
-
-
-def _attention(case: Case, bias: bool) -> CrossModelAttention:
-    widths = case["student_head"].shape[1], case["teacher_head"].shape[1]
-    attention = CrossModelAttention(*widths, bias=bias).to(case.dtype)
-    for name, projector in attention.named_children():
-        _fill(case, projector, name)
-    return attention
-
-
-def _closed_form(case: Case, models: _Models, shared: SharedRows) -> ClosedFormStudentToTeacher:
+def _closed_form(case: Case, models: Models, shared: SharedRows) -> ClosedFormStudentToTeacher:
     """The released initialisation, compared on the way."""
     student_VD, teacher_WE = models.student_head.weight_VD.detach(), models.teacher_head.weight_VD
     to_student, to_teacher = ideal_projectors(student_VD, teacher_WE, shared)
@@ -347,7 +244,7 @@ def _shared_by_string(case: Case, student, teacher) -> SharedRows:
     return shared_rows(*heads, student_K, teacher_K, topk=case.hparams["topk_vocab"])
 
 
-def _to_teacher(s2t: ClosedFormStudentToTeacher, models: _Models, hidden: Tensor) -> Tensor:
+def _to_teacher(s2t: ClosedFormStudentToTeacher, models: Models, hidden: Tensor) -> Tensor:
     return s2t(hidden, models.student_head.weight_VD, models.teacher_head.weight_VD, step=0)
 
 
@@ -358,34 +255,8 @@ def _divides_t2s_kd(settings: DualSpace, terms: DualSpaceTerms, kd_denominator: 
     return terms.masked.clamp(min=1)
 
 
-def _hotter_teacher(divergence: Divergence, temperature: float) -> Divergence:
-    return replace(divergence, teacher_temperature=temperature)
-
-
-def _check_module(case: Case, projector: Projector, name: str) -> None:
-    for part, parameter in projector.named_parameters():
-        case.check(f"grad.{name}.{part}", parameter.grad)
-
-
-def _check_terms(case: Case, terms: DualSpaceTerms, denominator, *, kd_denominator, t2s_kd_denominator) -> None:
-    t2s_ce, s2t_kd = terms.t2s_ce / kd_denominator, terms.s2t_kd / kd_denominator
-    t2s_kd = terms.t2s_kd / t2s_kd_denominator
-    values = {
-        "loss": terms.loss,
-        "nll_loss": terms.ce / denominator,
-        "ce_loss": terms.ce / denominator,
-        "t2s_ce_loss": t2s_ce,
-        "t2s_kd_loss": t2s_kd,
-        "s2t_kd_loss": s2t_kd,
-        "kd_loss": t2s_ce + t2s_kd + s2t_kd,
-        "accuracy": terms.correct / denominator,
-    }
-    for name in values.keys() & {*case.scalars()}:
-        case.check_scalar(name, values[name])
-
-
 def _check_grid(
-    case: Case, models: _Models, settings: DualSpace, projected_teacher: Tensor, projected_student: Tensor
+    case: Case, models: Models, settings: DualSpace, projected_teacher: Tensor, projected_student: Tensor
 ) -> Tensor:
     """Logits and values per token at every position, labelled or not. Returns z_st."""
     z_s, z_ts = models.student_head(models.student), models.student_head(projected_teacher)
@@ -395,65 +266,6 @@ def _check_grid(
     case.check("tok.t2s_kd", settings.student_space(z_s, z_ts))
     case.check("tok.s2t_kd", settings.teacher_space(z_st, z_t))
     return z_st
-
-
-@dataclass
-class _Grid:
-    """Padded inputs of cross-model attention, with id 0 where nothing is labelled."""
-
-    labelled_s: Tensor
-    labelled_t: Tensor
-    student_ids: tuple[Tensor, Tensor, Tensor]
-    teacher_ids: tuple[Tensor, Tensor, Tensor]
-    value_BL: Tensor
-    scales: Scales
-
-    @classmethod
-    def of(cls, case: Case, models: _Models, is_v1: bool) -> _Grid:
-        labelled_s, labelled_t = (case[f"{side}_labels"] != -100 for side in ("student", "teacher"))
-        student_BL, student_next_BL = (case[f"student_{name}"].where(labelled_s, 0) for name in ("input_ids", "labels"))
-        teacher_BL, teacher_next_BL = (case[f"teacher_{name}"].where(labelled_t, 0) for name in ("input_ids", "labels"))
-        value_BL = teacher_next_BL if is_v1 else models.teacher_head(models.teacher).argmax(-1)
-        student_ids = (student_BL[labelled_s], student_next_BL[labelled_s], labelled_s.nonzero()[:, 0])
-        teacher_ids = (teacher_BL[labelled_t], teacher_next_BL[labelled_t], labelled_t.nonzero()[:, 0])
-        padded = scales(models.teacher, teacher_BL, teacher_next_BL, value_BL, case["teacher_embed"])
-        return cls(labelled_s, labelled_t, student_ids, teacher_ids, value_BL, padded)
-
-
-def _check_scores(case: Case, scores: list[Tensor], grid: _Grid) -> None:
-    """Stored scores hold -1e5 off the labelled block of a sequence, and weights 0."""
-    if "align" not in case:
-        return
-    block = grid.labelled_s[:, :, None] & grid.labelled_t[:, None, :]
-    everywhere = torch.zeros(block.shape, dtype=case.dtype)
-    case.check(
-        "align", everywhere.masked_scatter(block, torch.cat([s.detach().flatten() for s in scores])), where=block
-    )
-    to_student = torch.cat([s.detach().softmax(-1).flatten() for s in scores])
-    to_teacher = torch.cat([s.detach().T.softmax(-1).flatten() for s in scores])
-    case.check("t2s_weight", everywhere.masked_scatter(block, to_student), where=grid.labelled_s)
-    case.check("s2t_weight", everywhere.mT.contiguous().masked_scatter(block.mT, to_teacher), where=grid.labelled_t)
-
-
-def _check_attended_grid(case, models: _Models, settings: DualSpace, attended_TD, attended_UE, grid: _Grid):
-    """Logits and values per token at the labelled rows; the others are placeholders. Returns z_ts and z_st."""
-    z_s, z_ts = models.student_head(models.student[grid.labelled_s]), models.student_head(attended_TD)
-    z_t, z_st = models.teacher_head(models.teacher[grid.labelled_t]), models.teacher_head(attended_UE)
-    rows = {
-        "t2s_logits": (z_ts, grid.labelled_s),
-        "s2t_logits": (z_st, grid.labelled_t),
-        "tok.t2s_kd": (settings.student_space(z_s, z_ts), grid.labelled_s),
-        "tok.s2t_kd": (settings.teacher_space(z_st, z_t), grid.labelled_t),
-    }
-    for name, (value, labelled) in rows.items():
-        case.check(name, _on_grid(value, labelled), where=labelled)
-    return z_ts, z_st
-
-
-def _on_grid(rows: Tensor, labelled_BL: Tensor) -> Tensor:
-    grid = rows.new_zeros(*labelled_BL.shape, *rows.shape[1:])
-    grid[labelled_BL] = rows.detach()
-    return grid
 
 
 def _check_eta_scalars(case: Case, terms: DualSpaceTerms, pairs_A3: Tensor) -> None:
@@ -468,7 +280,7 @@ def _check_eta_scalars(case: Case, terms: DualSpaceTerms, pairs_A3: Tensor) -> N
 
 
 def _check_eta_grid(
-    case: Case, models: _Models, settings: DualSpace, t2s, s2t, pairs_A3: Tensor, table_W: Tensor
+    case: Case, models: Models, settings: DualSpace, t2s, s2t, pairs_A3: Tensor, table_W: Tensor
 ) -> None:
     """Labels, logits and values per token of the mapped pairs, at the student's and the teacher's positions."""
     batch_A, teacher_A, student_A = pairs_A3.T
@@ -499,8 +311,6 @@ def _placed(rows: Tensor, at_BL: Tensor, batch_A: Tensor, position_A: Tensor) ->
 
 HANDLERS = {
     "dskd_v1_same_vocab": check_v1_same_vocabulary,
-    "dskd_v1_cma": check_attention,
-    "dskd_v2_cma": check_attention,
     "dskd_v2_same_vocab": check_v2_same_vocabulary,
     "dskd_v2_eta": check_v2_eta,
     "dskd_newer_framework_same_vocab": check_newer_same_vocabulary,

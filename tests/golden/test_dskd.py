@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.golden import (
     alignment_cases,
+    attention_cases,
     cross_vocabulary_cases,
     divergence_cases,
     dual_space_cases,
@@ -30,6 +31,7 @@ IN_BOTH_PRECISIONS = {
     **divergence_cases.HANDLERS,
     **projector_cases.HANDLERS,
     **dual_space_cases.HANDLERS,
+    **attention_cases.HANDLERS,
     **cross_vocabulary_cases.HANDLERS,
 }
 EXACT = {**alignment_cases.HANDLERS, **rouge_cases.HANDLERS}
