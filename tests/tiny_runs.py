@@ -35,12 +35,18 @@ def write_rows(path: Path, number: int, start: int = 0) -> Path:
     return path
 
 
-def tiny_config(folder: Path, method: str, **trainer) -> Path:
+def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> Path:
     """Write models, data and a config for one of METHODS; the config's stem is the method's name."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level, cross = byte_level_tokenizer(), "cross" in method
     student = tiny_model_folder(
-        folder / "student", family="gpt2", tokenizer=byte_level, hidden_size=16, layers=2, seed=1
+        folder / "student",
+        family="gpt2",
+        tokenizer=byte_level,
+        hidden_size=16,
+        layers=2,
+        seed=1,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
     )
     teacher = tiny_model_folder(
         folder / "teacher",

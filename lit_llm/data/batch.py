@@ -2,6 +2,8 @@
 
 Shapes: B sequences, L padded positions, T supervised positions of the whole batch (flattened),
 U the same on the teacher's side, A aligned pairs of supervised positions.
+
+They are meant as read-only, but not declared `frozen`: Lightning's precision plugins refuse frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 
 class _Movable:
-    """Lets Lightning move a frozen dataclass to a device through `.to`."""
+    """Lets Lightning move a dataclass to a device through `.to`."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False):
         moved = {}
@@ -24,7 +26,7 @@ class _Movable:
         return type(self)(**moved)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenBatch(_Movable):
     """Right-padded sequences of one tokenizer and the positions that a loss looks at.
 
@@ -48,7 +50,7 @@ class TokenBatch(_Movable):
         return self.position_T.numel()
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistillationBatch(_Movable):
     """One text as the student and as the teacher read it.
 

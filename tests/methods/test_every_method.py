@@ -60,10 +60,13 @@ def test_a_checkpoint_holds_the_student_and_nothing_of_the_teacher(tmp_path, met
     assert optimized == len(list(cli.model.parameters()))
 
 
-@pytest.mark.parametrize("method", METHODS)
+# the scales of cross-model attention are published as those of a micro-batch, so it is not among these
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "dskd_cross_cma"])
 def test_splitting_a_batch_into_accumulation_steps_does_not_change_the_weights(tmp_path, method):
     def trained(batch_size: int, accumulate: int):
-        config = tiny_config(tmp_path / f"{batch_size}", method, max_steps=3, accumulate_grad_batches=accumulate)
+        config = tiny_config(
+            tmp_path / f"{batch_size}", method, dropout=0.0, max_steps=3, accumulate_grad_batches=accumulate
+        )
         options = [
             f"--data.init_args.batch_size={batch_size}",
             "--data.init_args.bucket=1",
@@ -93,9 +96,9 @@ def test_twenty_steps_bring_the_student_closer_to_the_data(tmp_path, method):
 @pytest.mark.parametrize("method", ["sft", "dskd", "dskd_cross"])
 def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
     options = ["--data.init_args.bucket=1", "--trainer.limit_val_batches=0", *SPLITTABLE[method]]
-    one = tiny_config(tmp_path / "one", method, max_steps=3)
+    one = tiny_config(tmp_path / "one", method, dropout=0.0, max_steps=3)
     fit(one, "--data.init_args.batch_size=4", *options)
-    two = tiny_config(tmp_path / "two", method, max_steps=3)
+    two = tiny_config(tmp_path / "two", method, dropout=0.0, max_steps=3)
     command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(two), "--data.init_args.batch_size=2", *options]
     done = subprocess.run(
         [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
