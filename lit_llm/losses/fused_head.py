@@ -221,9 +221,9 @@ def sum_over_chunks(
     """
     if chunk_size is None:
         chunk_size = automatic_chunk(sum(head.num_rows for head in heads) + extra_logits)
-    flat = [parameter for head in heads for parameter in head.parameters()]
     if not torch.is_grad_enabled():
-        rows, flat = [row.detach() for row in rows], [parameter.detach() for parameter in flat]
+        rows, heads = [row.detach() for row in rows], [head.detach() for head in heads]
+    flat = [parameter for head in heads for parameter in head.parameters()]
     results = _SumOverChunks.apply(function, tuple(heads), num_sums, chunk_size, len(rows), *rows, *flat)
     return results[0], list(results[1:])
 
