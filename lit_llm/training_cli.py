@@ -102,6 +102,8 @@ class TrainingCLI(LightningCLI):
                 "(they must know the tokens of a whole optimizer step). Leave it at false."
             )
         self._choose_run_folder(config)
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # the run folder keeps the config that it was trained with
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         config = self.config[self.subcommand]

@@ -21,7 +21,7 @@ class DieAt(L.Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_train_batch_end(self, trainer, *args) -> None:
+    def on_train_batch_start(self, trainer, *args) -> None:
         if trainer.global_step == self.step:
             raise RuntimeError("died on purpose")
 

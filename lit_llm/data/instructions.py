@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal, Optional
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -141,8 +142,8 @@ class Instructions(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader | list:
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> list[EvaluationPrompt]:
-        return [[prompt] for prompt in self.prompts("test")]
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(self.prompts("test"), batch_size=self.eval_batch_size, collate_fn=list)
 
     def prompts(self, split: Split, limit: int | None = None) -> list[EvaluationPrompt]:
         """Prompts of a part for generated answers, in the file's order, or none when the part was not configured."""
@@ -156,7 +157,7 @@ class Instructions(L.LightningDataModule):
             return []
         examples = self.sets[split]
         sampler = self._sampler(examples, batch_size=self.eval_batch_size, bucket=len(examples))
-        return DataLoader(self._batches(examples), sampler=sampler, batch_size=None)
+        return DataLoader(self._batches(examples), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def _sampler(self, examples: TokenizedSet, **settings) -> StepSampler:
         return StepSampler(

@@ -127,6 +127,7 @@ class StepLoader(DataLoader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every start of an epoch draws from the generator that dropout uses
             multiprocessing_context="forkserver" if num_workers > 0 else None,
         )
 
