@@ -71,7 +71,7 @@ class Summary:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationPrompt:
     """One prompt to be answered by generation.
 
