@@ -108,7 +108,7 @@ def stream(model: nn.Module, tokenizer, prompt: list[int], sampling: Sampling) -
         finally:
             streamer.end()
 
-    thread = Thread(target=run, daemon=True)
+    thread = Thread(target=run, name="lit_llm stream", daemon=True)
     thread.start()
     try:
         yield from streamer

@@ -141,7 +141,9 @@ def test_a_frozen_model_follows_dtypes_and_is_neither_trained_nor_saved(llama):
 
 def test_saving_that_fails_leaves_nothing_under_the_final_name(llama, tmp_path, monkeypatch):
     model = loaded(llama)
-    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        type(model.tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         model.save(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
