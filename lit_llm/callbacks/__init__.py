@@ -19,6 +19,7 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
     from lit_llm.callbacks.metrics_csv import ContinueMetrics
     from lit_llm.callbacks.nan_guard import NanGuard
     from lit_llm.callbacks.progress import Progress
+    from lit_llm.callbacks.report import Report
     from lit_llm.callbacks.run_record import RunRecord
     from lit_llm.callbacks.samples import Samples
     from lit_llm.callbacks.step_axis import StepAxis
@@ -27,10 +28,10 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
 
     shown = [Progress()] if progress_bar and stage in ("fit", "validate", "test", "predict") else []
     if stage in ("validate", "test"):
-        return [*shown, StepAxis(), RunRecord(), Samples()]
+        return [*shown, StepAxis(), RunRecord(), Samples(), Report()]
     if stage != "fit":
         return shown
     # Progress shows what Throughput measured; Report reads what all others wrote; the validation before the first step
     # wants everybody else to have started.
-    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), HfExport()]
+    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), HfExport(), Report()]
     return [NanGuard(), Throughput(), *shown, *recorded, ValidateAtStart()]

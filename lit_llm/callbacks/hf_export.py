@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -17,9 +19,15 @@ class HfExport(L.Callback):
     Limit: a strategy that divides the student's weights among ranks must gather them in `student.save`.
     """
 
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._folder = pl_module.run_folder  # on every rank: finding the folder may communicate
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = pl_module.run_folder / "model"  # on every rank: finding the folder may communicate
         if trainer.is_global_zero:
+            folder = self._folder / "model"
             pl_module.student.save(folder)
             rank_zero_info(f"The trained model is in {folder}")
         trainer.strategy.barrier("export of the trained model")
@@ -29,5 +37,5 @@ class HfExport(L.Callback):
         if checkpoint:
             rank_zero_info(
                 "The run did not end well, so no model/ was written. Its last checkpoint becomes one with\n"
-                f"  python -m lit_llm export --config RUN/config.yaml --ckpt_path {checkpoint} --to FOLDER"
+                f"  python -m lit_llm export --config {self._folder / 'config.yaml'} --ckpt_path {checkpoint} --to FOLDER"
             )

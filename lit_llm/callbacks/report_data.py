@@ -1,0 +1,136 @@
+"""What the files of a run folder say, read for the report. Files that a killed run did not write are simply absent."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_llm.callbacks.append_only import whole_lines
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run folder's files.
+
+    Attributes:
+        folder: the run folder.
+        curves: metric -> (step, value), ascending in step, one value a step; values may be NaN or infinite. None:
+            metrics.csv is missing.
+        samples: the lines of samples.jsonl; None: missing.
+        config_text: config.yaml as it stands; None: missing.
+        config: the same parsed; empty where it is missing or is not a mapping.
+        starts: the entries of environment.json, oldest first; None: missing.
+        has_model: whether model/ was written.
+    """
+
+    folder: Path
+    curves: dict[str, Curve] | None
+    samples: list[dict[str, Any]] | None
+    config_text: str | None
+    config: dict[str, Any]
+    starts: list[dict[str, Any]] | None
+    has_model: bool
+
+    def curve(self, name: str) -> Curve:
+        """The finite values of a metric; empty where it was never logged."""
+        return [point for point in (self.curves or {}).get(name, []) if math.isfinite(point[1])]
+
+    def last(self, name: str) -> float | None:
+        """The last finite value of a metric."""
+        curve = self.curve(name)
+        return curve[-1][1] if curve else None
+
+    def at_start(self, name: str) -> float | None:
+        """The value at step 0, before any training."""
+        curve = self.curve(name)
+        return curve[0][1] if curve and curve[0][0] == 0 else None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.curves or {})
+
+    @property
+    def last_step(self) -> int:
+        return max((curve[-1][0] for curve in (self.curves or {}).values() if curve), default=0)
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """The latest start of training, or of anything where there was none; empty when nothing was recorded."""
+        starts = self.starts or []
+        return next((start for start in reversed(starts) if start["stage"] == "fit"), starts[-1] if starts else {})
+
+    @property
+    def method(self) -> str | None:
+        model = self.config.get("model")
+        return (
+            str(model["class_path"]).rsplit(".", 1)[-1] if isinstance(model, dict) and "class_path" in model else None
+        )
+
+    def model_name(self, who: str) -> str | None:
+        """The student's or the teacher's name, as the config gives it."""
+        arguments = (self.config.get("model") or {}).get("init_args") or {}
+        spec = arguments.get(who)
+        if not isinstance(spec, dict):
+            return None
+        if spec.get("source") is None:
+            return f"a new {(spec.get('config') or {}).get('model_type', 'model')}"
+        layers = spec.get("keep_layers")
+        return str(spec["source"]) + (f", {len(layers)} of its layers" if layers else "")
+
+    @property
+    def one_tokenizer(self) -> bool:
+        """Whether losses per token of student and teacher can be compared."""
+        return bool(self.fit.get("models", {}).get("one_tokenizer", True))
+
+
+def read_run(folder: Path) -> RunData:
+    """Read what there is in a run folder."""
+    config_text = _text(folder / "config.yaml")
+    environment = _text(folder / "environment.json")
+    return RunData(
+        folder=folder,
+        curves=_curves(folder / "metrics.csv"),
+        samples=_samples(folder / "samples.jsonl"),
+        config_text=config_text,
+        config=_parsed(config_text),
+        starts=None if environment is None else json.loads(environment)["starts"],
+        has_model=(folder / "model").is_dir(),
+    )
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(text or "")
+    except yaml.YAMLError:  # cut short by a killed process; the report then shows the text alone
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _curves(path: Path) -> dict[str, Curve] | None:
+    lines = whole_lines(path)
+    if not lines:
+        return None
+    by_step: dict[str, dict[int, float]] = {}
+    for row in csv.DictReader(lines):
+        step = int(float(row["step"]))
+        for name, cell in row.items():
+            if cell and name not in ("step", "epoch"):
+                by_step.setdefault(name, {})[step] = float(cell)
+    return {name: sorted(values.items()) for name, values in by_step.items()}
+
+
+def _samples(path: Path) -> list[dict[str, Any]] | None:
+    lines = whole_lines(path)
+    return [json.loads(line) for line in lines] if lines else None
