@@ -70,6 +70,6 @@ details{margin-top:10px}summary{cursor:pointer;color:var(--soft);font-size:13px}
 details ol{list-style:none;margin:8px 0 0;padding:0;font-size:13.5px}
 details li{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}details li b{color:var(--soft);font-weight:600;margin-right:6px}
 @media (max-width:560px){body{padding:20px 14px 48px}h1{font-size:25px}th,td{padding:8px 8px}.bar{display:none}
-.headline{font-size:13px}.headline thead th{font-size:12px}.headline tbody th{white-space:normal;min-width:84px}
+.headline{font-size:13px}.headline thead th{font-size:12px;white-space:normal}.headline tbody th{white-space:normal;min-width:84px}
 .facts{display:grid;grid-template-columns:1fr 1fr}}
 """
