@@ -27,7 +27,7 @@ class Progress(TQDMProgressBar):
         every_n_steps: optimizer steps between plain lines. None: about 50 lines a run.
     """
 
-    BAR_FORMAT = "{desc} {bar} {n_fmt}/{total_fmt}{postfix}"
+    BAR_FORMAT = "{desc} {bar:20} {n_fmt}/{total_fmt}{postfix}"
 
     def __init__(
         self,
@@ -83,14 +83,22 @@ class Progress(TQDMProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._draw(trainer, trainer.global_step)
         results = _without_prefix(trainer.callback_metrics, "val/")
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not results:
+        results = {name: value for name, value in results.items() if not name.startswith("teacher_")}
+        if not results:
             return
         line = f"step {trainer.global_step}, validation: " + _joined(results)
         if self.is_terminal:
             self.print(line)
         else:
             rank_zero_info(line)
+
+    def get_metrics(self, *_: Any) -> dict[str, Any]:
+        """None in Lightning's words; see `_text`."""
+        return {}
 
     def _draw(self, trainer: L.Trainer, step: int) -> None:
         self._drawn, self._shown_step = time.monotonic(), step
@@ -105,18 +113,17 @@ class Progress(TQDMProgressBar):
         return 100 if self._total is None else max(1, self._total // _PLAIN_LINES)
 
     def _text(self, trainer: L.Trainer, step: int) -> str:
-        metrics = _without_prefix(trainer.callback_metrics, "train/")
-        shown = {name: metrics[name] for name in self.terms if name in metrics}
-        marked = trainer.progress_bar_metrics
-        speed = marked.get("throughput/tokens_per_second")
-        shown |= _without_prefix({name: value for name, value in marked.items() if name.startswith("train/")}, "train/")
-        parts = [_joined(shown)] if shown else []
-        if speed is not None:
-            parts.append(f"{float(speed):,.0f} tokens/s")
+        """What a narrow terminal may cut off comes last."""
+        parts = []
         if self._total is not None and step > self._first_step:
             seconds_per_step = (time.monotonic() - self._began) / (step - self._first_step)
             parts.append(f"{_clock((self._total - step) * seconds_per_step)} left")
-        return ", ".join(parts)
+        if (speed := trainer.progress_bar_metrics.get("throughput/tokens_per_second")) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        metrics = _without_prefix(trainer.callback_metrics, "train/")
+        shown = {name: metrics[name] for name in self.terms if name in metrics}
+        shown |= _without_prefix(trainer.progress_bar_metrics, "train/")
+        return ", ".join([*parts, _joined(shown)] if shown else parts)
 
 
 def _without_prefix(metrics: dict[str, Any], prefix: str) -> dict[str, float]:

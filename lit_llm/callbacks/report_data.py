@@ -80,8 +80,10 @@ class RunData:
             return None
         if spec.get("source") is None:
             return f"a new {(spec.get('config') or {}).get('model_type', 'model')}"
-        layers = spec.get("keep_layers")
-        return str(spec["source"]) + (f", {len(layers)} of its layers" if layers else "")
+        layers, source = spec.get("keep_layers"), str(spec["source"])
+        if source.startswith(("/", ".", "~")):
+            source = Path(source).name
+        return source + (f", {len(layers)} of its layers" if layers else "")
 
     @property
     def one_tokenizer(self) -> bool:

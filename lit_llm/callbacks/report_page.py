@@ -64,7 +64,7 @@ def _facts(run: RunData) -> str:
     facts = []
     for who in ("student", "teacher"):
         if size := run.fit.get("models", {}).get(who):
-            facts.append((who, f"{size['parameters'] / 1e6:,.1f} M parameters"))
+            facts.append((who, f"{_size(size['parameters'])} parameters"))
     if run.last_step:
         facts.append(("optimizer steps", f"{run.last_step:,}"))
     seconds = sum(start.get("ended", {}).get("seconds", 0) for start in run.starts or [] if start["stage"] == "fit")
@@ -116,16 +116,17 @@ def _table_row(run: RunData, stage: str, name: str, words: str, higher: bool, pe
     curve = run.curve(f"{stage}/{name}")
     best = (max if higher else min)(curve, key=lambda point: point[1])
     hint = f"<small>best {_decimal(best[1])} at step {best[0]:,}</small>" if best[1] != now else ""
-    gap = _gap(start, now, teacher) if comparable else "–"
+    gap = _gap(start, now, teacher, higher) if comparable else "–"
     return f"<tr><th>{words}{hint}</th>{cells}<td>{gap}</td></tr>"
 
 
 def _decimal(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.3f}"
+    return "–" if value is None else f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-def _gap(start: float | None, now: float, teacher: float | None) -> str:
-    if start is None or teacher is None or start == teacher:
+def _gap(start: float | None, now: float, teacher: float | None, higher: bool) -> str:
+    """The share of the way from start to teacher; nothing to close where the teacher is no better than the start."""
+    if start is None or teacher is None or start == teacher or (teacher > start) != higher:
         return "–"
     share = (now - start) / (teacher - start)
     width = 100 * min(max(share, 0.0), 1.0)
@@ -291,6 +292,13 @@ def _configuration(run: RunData) -> str:
 
 def _missing(what: str, why: str) -> str:
     return f"<p class=missing>Missing: {escape(what)} ({escape(why)}).</p>"
+
+
+def _size(count: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:,.1f} {letter}"
+    return str(count)
 
 
 def _duration(seconds: float) -> str:
