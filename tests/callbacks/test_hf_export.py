@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_llm.callbacks.hf_export import HfExport
 from tests.callbacks.small import SmallMethod, trainer_in
@@ -36,12 +37,13 @@ def test_a_run_that_failed_writes_no_model(tmp_path):
     assert not (tmp_path / "run/version_0/model").exists()
 
 
-def test_an_interrupted_run_writes_no_model_but_says_how_to_get_one(tmp_path, caplog):
-    checkpoint = L.pytorch.callbacks.ModelCheckpoint(
-        dirpath=tmp_path / "checkpoints", every_n_train_steps=1, save_last=True
-    )
-    with pytest.raises(SystemExit), caplog.at_level("INFO", logger="lightning.pytorch"):
+def test_an_interrupted_run_writes_no_model_but_says_how_to_get_one(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lit_llm.callbacks.hf_export.rank_zero_info", said.append)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=1, save_last=True)
+    with pytest.raises(SystemExit):
         trainer = trainer_in(tmp_path, [StopAt(KeyboardInterrupt()), HfExport(), checkpoint], enable_checkpointing=True)
         trainer.fit(SmallMethod())
     assert not (tmp_path / "run/version_0/model").exists()
-    assert checkpoint.last_model_path.endswith("last.ckpt")
+    assert f"export --config {tmp_path}/run/version_0/config.yaml" in said[0]
+    assert f"--ckpt_path {tmp_path}/checkpoints/last.ckpt" in said[0]
