@@ -76,7 +76,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=LitTrainer,
-            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1},
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},
             save_config_kwargs={"overwrite": True},

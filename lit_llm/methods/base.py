@@ -173,7 +173,7 @@ class Method(L.LightningModule):
         """Log sums over one micro-batch as means over `count` tokens, without waiting for the device."""
         for name, value in sums.items():
             mean = value.detach() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-            self.log(f"train/{name}", mean, prog_bar=name in ("loss", "ce"), batch_size=1)
+            self.log(f"train/{name}", mean, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         norm = self._gradient_norm(self.parameters())
@@ -245,7 +245,7 @@ class Method(L.LightningModule):
             return
         references = [prompt.references for prompt in prompts]
         answers = self._scored(stage, "", self.student, [prompt.student_ids for prompt in prompts], references)
-        if self.global_step == 0:
+        if self.global_step == 0 and self.trainer.state.fn == "fit":
             self._start_answers[stage] = answers
         shown = {"start": self._start_answers.get(stage), "student": answers}
         if self.teacher is not None:

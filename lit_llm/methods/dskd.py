@@ -161,7 +161,7 @@ class DSKD(Distillation):
             kd_denominator=self._kd_denominator(batch),
         )
 
-        self.log("train/loss", terms.loss.detach(), prog_bar=True)
+        self.log("train/loss", terms.loss.detach())
         self.log_step(
             {"ce": terms.ce, "accuracy": terms.correct, "align_ratio": torch.tensor(terms.pairs)}, terms.tokens
         )

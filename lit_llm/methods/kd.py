@@ -60,7 +60,7 @@ class KD(Distillation):
 
         means = {"ce": terms.ce, "kd": terms.kd, "agreement": terms.agree, "accuracy": terms.correct}
         self.log_step(means, terms.tokens)
-        self.log("train/loss", terms.loss.detach(), prog_bar=True)
+        self.log("train/loss", terms.loss.detach())
         return terms.loss
 
     def loss(self, batch: DistillationBatch, teacher_TE: Tensor, weight: float) -> HeadTerms:

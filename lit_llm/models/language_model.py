@@ -84,7 +84,7 @@ class ModelSpec:
             model = sources.random_start(self.config, self.attention, dtype, tokenizer)
         else:
             model = sources.load_model(self.source, self.keep_layers, self.attention, dtype)
-            if self.tokenizer is not None:
+            if self.tokenizer not in (None, self.source):
                 sources.use_special_tokens(model, tokenizer)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -240,6 +240,9 @@ class LanguageModel(nn.Module):
             ValueError: the reloaded weights differ.
         """
         merged = copy.deepcopy(self.model).merge_and_unload() if self.model is not self.transformer else self.model
+        ends = sorted(generation.end_ids(self.transformer, self.tokenizer))
+        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]  # where our answers end, others' do
+        merged.generation_config.pad_token_id = self.tokenizer.pad_token_id
         with complete_folder(Path(folder)) as scratch:
             merged.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)

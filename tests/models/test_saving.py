@@ -70,6 +70,16 @@ def test_generation_settings_that_contradict_themselves_do_not_stop_saving(folde
     loaded(folder).save(tmp_path / "saved")
 
 
+def test_a_saved_model_ends_its_answers_where_ours_end(folder, tmp_path):
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 77, "pad_token_id": None}))
+    model = loaded(folder)
+    model.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == model.tokenizer.eos_token_id == 0
+    assert saved["pad_token_id"] == model.tokenizer.pad_token_id
+
+
 def test_a_cut_may_reorder_layers(folder, tmp_path):
     whole, cut = loaded(folder), loaded(folder, keep_layers=[1, 0])
     cut.save(tmp_path / "saved")
