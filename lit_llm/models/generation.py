@@ -16,6 +16,8 @@ from threading import Event, Thread
 import torch
 from torch import Tensor, nn
 
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -128,6 +130,15 @@ def end_ids(model: nn.Module, tokenizer) -> set[int]:
     listed = [] if listed is None else [listed] if isinstance(listed, int) else listed
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {tokenizer.eos_token_id} | (set(listed) & special)
+
+
+def settle_defaults(model: nn.Module, tokenizer) -> None:
+    """Make the generation settings that are saved with a model agree with the tokenizer and with themselves."""
+    settings, ends = model.generation_config, sorted(end_ids(model, tokenizer))
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    settings.pad_token_id = tokenizer.pad_token_id
+    if any(getattr(settings, name, None) is not None for name in _SAMPLING_ONLY):
+        settings.do_sample = True  # published folders forget it, and transformers refuses to save them
 
 
 def position_limit(model: nn.Module) -> int | None:

@@ -240,9 +240,7 @@ class LanguageModel(nn.Module):
             ValueError: the reloaded weights differ.
         """
         merged = copy.deepcopy(self.model).merge_and_unload() if self.model is not self.transformer else self.model
-        ends = sorted(generation.end_ids(self.transformer, self.tokenizer))
-        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]  # where our answers end, others' do
-        merged.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        generation.settle_defaults(merged, self.tokenizer)
         with complete_folder(Path(folder)) as scratch:
             merged.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
