@@ -41,6 +41,8 @@ def complete_folder(path: Path) -> Iterator[Path]:
     scratch.chmod(0o755)
     try:
         yield scratch
+        for file in scratch.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes files that only their owner may read
         if path.exists():
             rmtree(path)
         os.replace(scratch, path)
