@@ -57,7 +57,7 @@ class LitTrainer(Trainer):
         if Path(to).exists():
             raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
         model.configure_model()
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.student.save(Path(to))
@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
     def _choose_run_folder(self, config) -> None:
         """Fill in name and version; find the checkpoint that `last` means; refuse to write over another run."""
         run = config.run
-        run.name = run.name or _config_name(config) or type(self).__name__
+        run.name = run.name or _config_name(config) or "run"
         runs = Path(run.root) / run.name
         if config.get("ckpt_path") == "last":
             folder = _newest_run(runs, run.version)

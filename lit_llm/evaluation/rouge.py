@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -38,8 +39,9 @@ class _MeanScore(Metric):
     def compute(self) -> Tensor:
         return 100 * self.total / self.count.clamp(min=1)
 
+    @abstractmethod
     def score(self, prediction: str, reference: str) -> float:
-        raise NotImplementedError
+        """Of one answer against one reference, 0 to 1."""
 
 
 class RougeL(_MeanScore):
