@@ -76,6 +76,11 @@ class Divergence:
                 raise ValueError(f"divergence.{field} is {getattr(self, field)}; it is a share between 0 and 1.")
         if self.epsilon < 0:
             raise ValueError(f"divergence.epsilon is {self.epsilon}; it is 0 (exact) or a small positive number.")
+        if self.name == "hierarchical_ranking" and self.scale_by_temperature_squared:
+            raise ValueError(
+                "divergence.scale_by_temperature_squared is true, but divergence.name is 'hierarchical_ranking', which "
+                "has no temperature. Leave it at false."
+            )
         for field, names in _USED_BY.items():
             if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.name not in names:
                 raise ValueError(
@@ -160,32 +165,43 @@ def js(log_q_TV: Tensor, log_p_TV: Tensor, epsilon: float = 0.0) -> Tensor:
 
 def generalized_js(log_q_TV: Tensor, log_p_TV: Tensor, beta: float) -> Tensor:
     """beta q log(q/M) + (1-beta) p log(p/M) with M = beta q + (1-beta) p per entry, (T, V)."""
-    log_m_TV = _log_mixture(log_q_TV, log_p_TV, beta)
+    log_m_TV = log_mixture(log_q_TV, log_p_TV, beta)
     return beta * log_q_TV.exp() * (log_q_TV - log_m_TV) + (1 - beta) * log_p_TV.exp() * (log_p_TV - log_m_TV)
 
 
 def skewed_kl(log_a_TV: Tensor, log_b_TV: Tensor, skew: float) -> Tensor:
     """a (log a - log(skew a + (1-skew) b)) per entry, (T, V)."""
-    return log_a_TV.exp() * (log_a_TV - _log_mixture(log_a_TV, log_b_TV, skew))
+    return log_a_TV.exp() * (log_a_TV - log_mixture(log_a_TV, log_b_TV, skew))
+
+
+def log_mixture(log_a_TV: Tensor, log_b_TV: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b) per entry, (T, V)."""
+    return torch.logaddexp(log_a_TV + math.log(share), log_b_TV + math.log1p(-share))
 
 
 def adaptive_kl(log_q_TV: Tensor, log_p_TV: Tensor, alpha: float, finite_TV: Tensor | None = None) -> Tensor:
-    """Forward and reverse KL, weighted by the gap |p - q| in the teacher's head and tail, (T,).
-
-    The tail holds the smallest teacher probabilities up to a mass of `alpha`; the weights carry no gradient.
-    """
-    with torch.no_grad():
-        p_TV = log_p_TV.exp()
-        sorted_TV, order_TV = p_TV.sort(dim=-1)
-        gap_TV = (p_TV - log_q_TV.exp()).abs().gather(-1, order_TV)
-        tail_TV = sorted_TV.cumsum(-1) <= alpha
-        tail_T = (gap_TV * tail_TV).sum(-1)
-        head_T = (gap_TV * ~tail_TV).sum(-1)
-        total_T = head_T + tail_T
-        head_weight_T = torch.where(total_T > 0, head_T / total_T.where(total_T > 0, 1.0), 0.5)
+    """Forward and reverse KL, weighted by the gap |p - q| in the teacher's head and tail, (T,)."""
+    forward_weight_T, reverse_weight_T = adaptive_weights(log_q_TV, log_p_TV, alpha)
     log_q_TV, log_p_TV = _silenced(log_q_TV, finite_TV), _silenced(log_p_TV, finite_TV)
     forward_T, reverse_T = forward_kl(log_q_TV, log_p_TV).sum(-1), reverse_kl(log_q_TV, log_p_TV).sum(-1)
-    return head_weight_T * forward_T + (1 - head_weight_T) * reverse_T
+    return forward_weight_T * forward_T + reverse_weight_T * reverse_T
+
+
+@torch.no_grad()
+def adaptive_weights(log_q_TV: Tensor, log_p_TV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The shares of forward and reverse KL in the adaptive one, (T,) each; they carry no gradient.
+
+    The tail holds the smallest teacher probabilities up to a mass of `alpha`.
+    """
+    p_TV = log_p_TV.exp()
+    sorted_TV, order_TV = p_TV.sort(dim=-1)
+    gap_TV = (p_TV - log_q_TV.exp()).abs().gather(-1, order_TV)
+    tail_TV = sorted_TV.cumsum(-1) <= alpha
+    tail_T = (gap_TV * tail_TV).sum(-1)
+    head_T = (gap_TV * ~tail_TV).sum(-1)
+    total_T = head_T + tail_T
+    head_weight_T = torch.where(total_T > 0, head_T / total_T.where(total_T > 0, 1.0), 0.5)
+    return head_weight_T, 1 - head_weight_T
 
 
 def top1_cross_entropy(log_q_TV: Tensor, log_p_TV: Tensor, finite_TV: Tensor | None = None) -> Tensor:
@@ -216,10 +232,6 @@ def all_finite(logits: Tensor) -> bool:
 
 def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _log_mixture(log_a_TV: Tensor, log_b_TV: Tensor, share: float) -> Tensor:
-    return torch.logaddexp(log_a_TV + math.log(share), log_b_TV + math.log1p(-share))
 
 
 def _silenced(log_TV: Tensor, finite_TV: Tensor | None) -> Tensor:

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, finite_logits, paired_first, sum_over_chunks, token_cross_entropy
+from lit_llm.losses.fused_head import Head, paired_first, sum_over_chunks
+from lit_llm.losses.logit_gradient import Formed, token_terms
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,11 @@ def _teacher_space(
 ) -> _TeacherSpace:
     """Sum of Div(z_st, z_t) over the rows that have a label, and the labels of t2s_ce (-1 where there is none)."""
     fixed, label_A = teacher_head.detach().in_compute_dtype(), gold_A.clone()
+    # a data token is always one of the student's, a prediction is where the teacher has no other or further ids
+    fits = teacher_to_student_W is None and teacher_head.num_rows <= num_student
+    every_row_counts = settings.teacher_target == "gold" or fits
 
-    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         index_C, teacher_CE, projected_CE = rows
         with torch.no_grad():
             teacher_CW = fixed(teacher_CE)
@@ -263,10 +267,15 @@ def _teacher_space(
         if settings.teacher_target == "teacher":
             label_A[index_C] = _mapped(prediction_C, teacher_to_student_W, num_student)
         if settings.spaces == "student":
-            return projected_CE.new_zeros(()), [prediction_C.new_zeros(()), prediction_C.new_zeros(())]
-        projected_CW = fixed(projected_CE)
-        kd = settings.teacher_space(projected_CW, teacher_CW).masked_fill(label_A[index_C] < 0, 0.0).sum()
-        return kd, [kd, (projected_CW.argmax(-1) == prediction_C).sum()]
+            nothing = projected_CE.new_zeros(())
+            return Formed(nothing), [nothing, nothing]
+        terms = token_terms(
+            fixed(projected_CE),
+            counted_C=None if every_row_counts else label_A[index_C] >= 0,
+            teacher_NS=teacher_CW,
+            divergence=settings.teacher_space,
+        )
+        return terms.formed, [terms.kd, (terms.best_C == prediction_C).sum()]
 
     rows = (_indices(teacher_AE), teacher_AE.detach(), projected_student_AE)
     loss, (kd, agree) = sum_over_chunks(chunk, rows, (), 2, chunk_size, extra_logits=2 * fixed.num_rows)
@@ -285,14 +294,15 @@ def _projected_teacher(
     """Sum of CE(z_ts, label) over the rows that have a label, and the best token of every z_ts."""
     fixed, best_A = student_head.detach().in_compute_dtype(), torch.full_like(label_A, -1)
 
-    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+    def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         index_C, projected_CD, label_C = rows
         if settings.spaces == "teacher":
-            return projected_CD.new_zeros(()), [projected_CD.new_zeros(())]
-        logits_CV = finite_logits(fixed(projected_CD))
-        best_A[index_C] = logits_CV.argmax(-1)
-        ce = token_cross_entropy(logits_CV, label_C.clamp(min=0)).masked_fill(label_C < 0, 0.0).sum()
-        return ce, [ce]
+            nothing = projected_CD.new_zeros(())
+            return Formed(nothing), [nothing]
+        has_label_C = label_C >= 0
+        terms = token_terms(fixed(projected_CD), target_C=label_C.clamp(min=0), counted_C=has_label_C)
+        best_A[index_C] = terms.best_C
+        return terms.formed, [terms.ce]
 
     rows = (_indices(projected_AD), projected_AD, label_A)
     loss, (ce,) = sum_over_chunks(chunk, rows, (), 1, chunk_size, extra_logits=fixed.num_rows)
@@ -342,15 +352,19 @@ def _student_space(
     )
     order_T = paired_first(rows_A[counts_A], len(target_T))
 
-    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         student_CD, gold_C, label_C, projected_ND = rows
-        student_CV = finite_logits(heads[0](student_CD))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and ce_weight != 0):
-            ce = token_cross_entropy(student_CV, gold_C).sum()
         with torch.no_grad():
-            projected_NV, best_C = fixed(projected_ND), student_CV.argmax(-1)
-        kd = settings.student_space(student_CV[: len(projected_NV)], projected_NV).sum()
-        return ce_weight * ce + kd_weight * kd, [ce, kd, (best_C == gold_C).sum(), (best_C == label_C).sum()]
+            projected_NV = fixed(projected_ND)
+        terms = token_terms(
+            heads[0](student_CD),
+            target_C=gold_C,
+            ce_weight=ce_weight,
+            teacher_NS=projected_NV,
+            divergence=settings.student_space,
+            kd_weight=kd_weight,
+        )
+        return terms.formed, [terms.ce, terms.kd, (terms.best_C == gold_C).sum(), (terms.best_C == label_C).sum()]
 
     rows = (student_TD[order_T], target_T[order_T], label_T[order_T], projected_AD[counts_A])
     loss, sums = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=fixed.num_rows)

@@ -1,7 +1,8 @@
 """Output head and loss together, by chunks of tokens; the gradient is formed in the forward pass.
 
-No tensor of [tokens, vocabulary] outlives a chunk, and nothing is recomputed: each chunk builds its own small autograd
-graph, is differentiated at once, and leaves behind gradients of the size of the hidden states and of the heads.
+No tensor of [tokens, vocabulary] outlives a chunk, and nothing is recomputed: each chunk is differentiated at once, at
+its logits in closed form (`logit_gradient`), and leaves behind gradients of the size of the hidden states and of the
+heads.
 
 Shapes: T rows (supervised tokens), C rows of a chunk, D and E widths, V and W vocabularies, K summed quantities.
 """
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lit_llm.losses.divergence import Divergence, all_finite, at_least_float32
+from lit_llm.losses.logit_gradient import Formed, token_terms
 
 _CHUNK_BYTES = 512 * 2**20
 _BYTES_PER_LOGIT = 24
@@ -112,11 +114,10 @@ def cross_entropy(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size
     """
     _same_rows(hidden=hidden_TD, target=target_T)
 
-    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         hidden_CD, target_C = rows
-        logits_CV = finite_logits(heads[0](hidden_CD))
-        ce = token_cross_entropy(logits_CV, target_C).sum()
-        return ce, [ce, (logits_CV.argmax(-1) == target_C).sum()]
+        terms = token_terms(heads[0](hidden_CD), target_C=target_C)
+        return terms.formed, [terms.ce, (terms.best_C == target_C).sum()]
 
     loss, (ce, correct) = sum_over_chunks(chunk, (hidden_TD, target_T), (head,), 2, chunk_size)
     return HeadTerms(loss, len(target_T), ce, correct)
@@ -156,16 +157,20 @@ def distillation(
     shared = min(student_head.num_rows, teacher_head.num_rows)
     teacher_head = teacher_head.detach().rows(shared).in_compute_dtype()
 
-    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Tensor, list[Tensor]]:
+    def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         student_CD, teacher_CE, target_C = rows
-        student_CV = finite_logits(heads[0](student_CD))
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CE)
-            best_C = student_CV.argmax(-1)
-        ce = token_cross_entropy(student_CV, target_C).sum()
-        kd = divergence(student_CV[:, :shared], teacher_CV).sum()
-        hits = [(best_C == target_C).sum(), (best_C == teacher_CV.argmax(-1)).sum()]
-        return ce_weight * ce + kd_weight * kd, [ce, kd, *hits]
+        terms = token_terms(
+            heads[0](student_CD),
+            target_C=target_C,
+            ce_weight=ce_weight,
+            teacher_NS=teacher_CV,
+            divergence=divergence,
+            kd_weight=kd_weight,
+        )
+        hits = [(terms.best_C == target_C).sum(), (terms.best_C == teacher_CV.argmax(-1)).sum()]
+        return terms.formed, [terms.ce, terms.kd, *hits]
 
     rows = (student_TD, teacher_TE.detach(), target_T)
     loss, (ce, kd, correct, agree) = sum_over_chunks(chunk, rows, (student_head,), 4, chunk_size, extra_logits=shared)
@@ -196,7 +201,7 @@ def automatic_chunk(logits_per_row: int) -> int:
 
 
 def sum_over_chunks(
-    function: Callable[[Sequence[Tensor], Sequence[Head]], tuple[Tensor, list[Tensor]]],
+    function: Callable[[Sequence[Tensor], Sequence[Head]], tuple[Tensor | Formed, list[Tensor]]],
     rows: Sequence[Tensor],
     heads: Sequence[Head],
     num_sums: int,
@@ -206,8 +211,8 @@ def sum_over_chunks(
     """Add up a loss over chunks of rows, forming the gradients on the way.
 
     Args:
-        function: from the rows of one chunk and the heads to (weighted loss, list of K sums). What it closes over gets
-            no gradient.
+        function: from the rows of one chunk and the heads to (weighted loss, list of K sums). The loss is a tensor, which
+            is differentiated, or `Formed`. What the function closes over gets no gradient.
         rows: tensors that are cut alike; the first is the longest, shorter ones run out early. Floating ones that
             require gradients receive them.
         heads: output heads; parameters that require gradients receive them, accumulated in at least float32. Detached
@@ -241,8 +246,8 @@ class _SumOverChunks(torch.autograd.Function):
             with torch.set_grad_enabled(any(wanted)):
                 pieces = [row[span].detach().requires_grad_(need) for row, need in zip(rows, wanted, strict=False)]
                 loss, sums = function(pieces, live)
-            totals += torch.stack([value.detach().to(dtype) for value in (loss, *sums)])
-            if loss.requires_grad:
+            totals += torch.stack([value.detach().to(dtype) for value in (_value(loss), *sums)])
+            if isinstance(loss, Formed) or loss.requires_grad:
                 loss.backward(inputs=[t for t in (*pieces, *(head.trigger for head in live)) if t.requires_grad])
             for piece, gradient in zip(pieces, row_gradients, strict=True):
                 if piece.grad is not None:
@@ -311,6 +316,10 @@ class _AddingLinear(torch.autograd.Function):
             bias_total_V += gradient_CV.sum(0)
         hidden_gradient = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
         return hidden_gradient, None, None, None, None, None
+
+
+def _value(loss: Tensor | Formed) -> Tensor:
+    return loss.value if isinstance(loss, Formed) else loss
 
 
 def _accumulator(parameter: Tensor) -> torch.dtype:

@@ -168,3 +168,8 @@ def test_a_setting_that_the_divergence_does_not_use_is_refused(setting, value):
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'kl'; known are forward_kl"):
         Divergence(name="kl")
+
+
+def test_a_loss_without_temperature_refuses_to_be_scaled_by_it():
+    with pytest.raises(ValueError, match="scale_by_temperature_squared is true.*hierarchical_ranking"):
+        Divergence(name="hierarchical_ranking", scale_by_temperature_squared=True)
