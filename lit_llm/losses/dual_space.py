@@ -274,6 +274,7 @@ def _teacher_space(
             counted_C=None if every_row_counts else label_A[index_C] >= 0,
             teacher_NS=teacher_CW,
             divergence=settings.teacher_space,
+            consume=True,
         )
         return terms.formed, [terms.kd, (terms.best_C == prediction_C).sum()]
 
@@ -300,7 +301,7 @@ def _projected_teacher(
             nothing = projected_CD.new_zeros(())
             return Formed(nothing), [nothing]
         has_label_C = label_C >= 0
-        terms = token_terms(fixed(projected_CD), target_C=label_C.clamp(min=0), counted_C=has_label_C)
+        terms = token_terms(fixed(projected_CD), target_C=label_C.clamp(min=0), counted_C=has_label_C, consume=True)
         best_A[index_C] = terms.best_C
         return terms.formed, [terms.ce]
 
@@ -363,6 +364,7 @@ def _student_space(
             teacher_NS=projected_NV,
             divergence=settings.student_space,
             kd_weight=kd_weight,
+            consume=True,
         )
         return terms.formed, [terms.ce, terms.kd, (terms.best_C == gold_C).sum(), (terms.best_C == label_C).sum()]
 

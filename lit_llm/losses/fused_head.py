@@ -116,7 +116,7 @@ def cross_entropy(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size
 
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         hidden_CD, target_C = rows
-        terms = token_terms(heads[0](hidden_CD), target_C=target_C)
+        terms = token_terms(heads[0](hidden_CD), target_C=target_C, consume=True)
         return terms.formed, [terms.ce, (terms.best_C == target_C).sum()]
 
     loss, (ce, correct) = sum_over_chunks(chunk, (hidden_TD, target_T), (head,), 2, chunk_size)
@@ -161,6 +161,7 @@ def distillation(
         student_CD, teacher_CE, target_C = rows
         with torch.no_grad():
             teacher_CV = teacher_head(teacher_CE)
+            teacher_best_C = teacher_CV.argmax(-1)
         terms = token_terms(
             heads[0](student_CD),
             target_C=target_C,
@@ -168,8 +169,9 @@ def distillation(
             teacher_NS=teacher_CV,
             divergence=divergence,
             kd_weight=kd_weight,
+            consume=True,
         )
-        hits = [(terms.best_C == target_C).sum(), (terms.best_C == teacher_CV.argmax(-1)).sum()]
+        hits = [(terms.best_C == target_C).sum(), (terms.best_C == teacher_best_C).sum()]
         return terms.formed, [terms.ce, terms.kd, *hits]
 
     rows = (student_TD, teacher_TE.detach(), target_T)

@@ -23,7 +23,6 @@ from lit_llm.losses.divergence import (
     all_finite,
     at_least_float32,
     log_mixture,
-    log_softmax,
 )
 
 _BY_AUTOGRAD = ("hierarchical_ranking",)
@@ -73,6 +72,7 @@ def token_terms(
     teacher_NS: Tensor | None = None,
     divergence: Divergence | None = None,
     kd_weight: float | Tensor = 1.0,
+    consume: bool = False,
 ) -> TokenTerms:
     """Weighted cross-entropy and divergence of one chunk, and the gradient of both at the logits.
 
@@ -85,23 +85,27 @@ def token_terms(
         teacher_NS: logits of the teacher for the first N rows and S columns; None: no divergence.
         divergence: compares with the teacher.
         kd_weight: of the divergence sum.
+        consume: both logits may be overwritten, which saves memory; whoever made them must not need their values again.
     """
     wanted = logits_CV.requires_grad
-    original_CV, logits_CV = logits_CV, at_least_float32(logits_CV.detach())
+    original_CV, logits_CV = logits_CV, _owned(logits_CV.detach(), consume)
     finite_CV = None if all_finite(logits_CV) else torch.isfinite(logits_CV)
     if finite_CV is not None:
-        logits_CV = logits_CV.masked_fill(~finite_CV, 0.0)
+        logits_CV = logits_CV.masked_fill_(~finite_CV, 0.0)
     best_C, zero = logits_CV.argmax(-1), logits_CV.new_zeros(())
     ce, kd, gradient_CV = zero, zero, None
+    with_teacher = teacher_NS is not None and len(teacher_NS) > 0
     if target_C is not None:
-        ce_C, gradient_CV = cross_entropy_gradient(logits_CV, target_C, wanted and _counts(ce_weight))
+        spare_CV = logits_CV.clone() if with_teacher else logits_CV
+        ce_C, gradient_CV = cross_entropy_gradient_(spare_CV, target_C, wanted and _counts(ce_weight))
         ce, gradient_CV = _counted(ce_C, gradient_CV, counted_C, ce_weight)
-    if teacher_NS is not None and len(teacher_NS):
+    if with_teacher:
         rows, columns = teacher_NS.shape
-        kd_N, kd_gradient_NS = divergence_gradient(divergence, logits_CV[:rows, :columns], teacher_NS, wanted)
+        teacher_NS = _owned(teacher_NS, consume)
+        kd_N, kd_gradient_NS = divergence_gradient_(divergence, logits_CV[:rows, :columns], teacher_NS, wanted)
         counted_N = None if counted_C is None else counted_C[:rows]
         kd, kd_gradient_NS = _counted(kd_N, kd_gradient_NS, counted_N, kd_weight)
-        gradient_CV = _added(gradient_CV, kd_gradient_NS, logits_CV)
+        gradient_CV = _added(gradient_CV, kd_gradient_NS, logits_CV.shape)
     value = ce_weight * ce + kd_weight * kd
     if gradient_CV is None:
         return TokenTerms(Formed(value), ce, kd, best_C)
@@ -110,9 +114,9 @@ def token_terms(
     return TokenTerms(Formed(value, ((original_CV, gradient_CV),)), ce, kd, best_C)
 
 
-def cross_entropy_gradient(logits_CV: Tensor, target_C: Tensor, wanted: bool = True) -> tuple[Tensor, Tensor | None]:
-    """-log softmax(z)[target] of each row, (C,), and softmax(z) - onehot(target), (C, V)."""
-    log_q_CV = logits_CV.log_softmax(-1)
+def cross_entropy_gradient_(logits_CV: Tensor, target_C: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """-log softmax(z)[target] of each row, (C,), and softmax(z) - onehot(target), (C, V), in the logits' place."""
+    log_q_CV = _log_softmax_(logits_CV)
     ce_C = -log_q_CV.gather(-1, target_C[:, None]).squeeze(-1)
     if not wanted:
         return ce_C, None
@@ -120,24 +124,23 @@ def cross_entropy_gradient(logits_CV: Tensor, target_C: Tensor, wanted: bool = T
     return ce_C, gradient_CV.scatter_add_(1, target_C[:, None], gradient_CV.new_full((len(target_C), 1), -1.0))
 
 
-def divergence_gradient(
-    divergence: Divergence, student_CV: Tensor, teacher_CV: Tensor, wanted: bool = True
+def divergence_gradient_(
+    divergence: Divergence, student_CV: Tensor, teacher_CV: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence of each row, (C,), and its gradient with respect to the student's logits, (C, V).
 
     Args:
         divergence: which, at which temperatures.
-        student_CV: finite logits in at least float32.
-        teacher_CV: logits of the teacher.
+        student_CV: finite logits in at least float32; overwritten.
+        teacher_CV: logits of the teacher, likewise.
         wanted: whether the gradient is.
     """
     if not wanted:
         return divergence(student_CV, teacher_CV), None
-    teacher_CV = at_least_float32(teacher_CV)
     if divergence.name in _BY_AUTOGRAD or divergence.epsilon or not all_finite(teacher_CV):
         return _by_autograd(divergence, student_CV, teacher_CV)
-    log_q_CV = log_softmax(student_CV, divergence.temperature)
-    log_p_CV = log_softmax(teacher_CV, divergence.temperature * divergence.teacher_temperature)
+    log_q_CV = _log_softmax_(student_CV, divergence.temperature)
+    log_p_CV = _log_softmax_(teacher_CV, divergence.temperature * divergence.teacher_temperature)
     value_C, gradient_CV = _closed_form(divergence, log_q_CV, log_p_CV)
     if divergence.scale_by_temperature_squared:
         return value_C * divergence.temperature**2, gradient_CV.mul_(divergence.temperature)
@@ -241,7 +244,23 @@ def _by_autograd(divergence: Divergence, student_CV: Tensor, teacher_CV: Tensor)
 
 
 def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
-    return torch.linalg.vecdot(left_CV, right_CV)
+    # a batched product: torch.linalg.vecdot forms the elementwise product first
+    return torch.bmm(left_CV[:, None], right_CV[:, :, None]).view(-1)
+
+
+def _log_softmax_(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Tempered log-probabilities in the logits' place."""
+    if temperature != 1.0:
+        logits_CV.div_(temperature)
+    # every element is read before it is written; on other devices a second buffer costs nothing
+    in_place = logits_CV.device.type == "cpu"
+    return torch.log_softmax(logits_CV, -1, out=logits_CV) if in_place else logits_CV.log_softmax(-1)
+
+
+def _owned(logits: Tensor, consume: bool) -> Tensor:
+    """The logits in at least float32, as a tensor that may be overwritten."""
+    wide = at_least_float32(logits)
+    return wide.clone() if wide is logits and not consume else wide
 
 
 def _counts(weight: float | Tensor) -> bool:
@@ -259,13 +278,13 @@ def _counted(
     return value_C.sum(), gradient_CV
 
 
-def _added(gradient_CV: Tensor | None, part_NS: Tensor | None, logits_CV: Tensor) -> Tensor | None:
+def _added(gradient_CV: Tensor | None, part_NS: Tensor | None, shape: torch.Size) -> Tensor | None:
     """The sum of two gradients, of which the second covers the first N rows and S columns."""
     if part_NS is None:
         return gradient_CV
     if gradient_CV is None:
-        if part_NS.shape == logits_CV.shape:
+        if part_NS.shape == shape:
             return part_NS
-        gradient_CV = torch.zeros_like(logits_CV)
+        gradient_CV = part_NS.new_zeros(shape)
     gradient_CV[: part_NS.shape[0], : part_NS.shape[1]].add_(part_NS)
     return gradient_CV
