@@ -104,6 +104,7 @@ def dual_space(
     kd_denominator: float | None,
     pair_student_A: Tensor | None = None,
     teacher_to_student_W: Tensor | None = None,
+    projected_student_head: Head | None = None,
     chunk_size: int | None = None,
 ) -> DualSpaceTerms:
     """DSKD over paired rows: one tokenizer, or two with exact token alignment.
@@ -115,13 +116,14 @@ def dual_space(
         teacher_AE: the teacher's hidden states of each pair.
         teacher_head: frozen.
         projected_teacher_AD: P h_t of each pair.
-        projected_student_AE: S h_s of each pair.
+        projected_student_AE: S h_s of each pair; with `projected_student_head`, h_s itself.
         settings: what is compared, masked and divided by.
         ce_weight: of the cross-entropy *sum*, its denominator included.
         kd_weight: of the three distillation terms.
         kd_denominator: what their sums are divided by; None: the mapped pairs of this call, as published for ETA.
         pair_student_A: the student's row of each pair, each row at most once; None: pair a is row a.
         teacher_to_student_W: the student's id of each teacher id, -1 where there is none; None: the same ids.
+        projected_student_head: W_t S, where it is cheaper to multiply the two first; None: the teacher's head.
         chunk_size: rows at a time; None chooses by the vocabularies.
 
     Raises:
@@ -140,6 +142,7 @@ def dual_space(
         teacher_to_student_W,
         student_head.num_rows,
         chunk_size,
+        projected_student_head,
     )
     projected = _projected_teacher(settings, projected_teacher_AD, student_head, teacher.label_A, chunk_size)
     mapped = (teacher.label_A >= 0).sum().clamp(min=1).to(teacher.loss.dtype)
@@ -252,9 +255,11 @@ def _teacher_space(
     teacher_to_student_W: Tensor | None,
     num_student: int,
     chunk_size: int | None,
+    projected_head: Head | None = None,
 ) -> _TeacherSpace:
     """Sum of Div(z_st, z_t) over the rows that have a label, and the labels of t2s_ce (-1 where there is none)."""
     fixed, label_A = teacher_head.detach().in_compute_dtype(), gold_A.clone()
+    projected_fixed = fixed if projected_head is None else projected_head.detach().in_compute_dtype()
     # a data token is always one of the student's, a prediction is where the teacher has no other or further ids
     fits = teacher_to_student_W is None and teacher_head.num_rows <= num_student
     every_row_counts = settings.teacher_target == "gold" or fits
@@ -270,7 +275,7 @@ def _teacher_space(
             nothing = projected_CE.new_zeros(())
             return Formed(nothing), [nothing, nothing]
         terms = token_terms(
-            fixed(projected_CE),
+            projected_fixed(projected_CE),
             counted_C=None if every_row_counts else label_A[index_C] >= 0,
             teacher_NS=teacher_CW,
             divergence=settings.teacher_space,

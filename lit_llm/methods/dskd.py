@@ -17,6 +17,7 @@ from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.vocabulary import shared_tokens, teacher_to_student_ids
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
+from lit_llm.losses.fused_head import Head
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.dskd_settings import Projectors
@@ -182,6 +183,7 @@ class DSKD(Distillation):
         student_AD, teacher_AE = student_TD, teacher_hidden
         if batch.teacher is not None:
             student_AD, teacher_AE = student_TD[batch.pair_student_A], teacher_hidden[batch.pair_teacher_A]
+        projected_student, projected_head = self._student_in_teacher_space(student_AD)
         return dual_space(
             student_TD,
             batch.student.target_T,
@@ -189,24 +191,28 @@ class DSKD(Distillation):
             teacher_AE,
             self.teacher.head,
             self.t2s(teacher_AE),
-            self.student_in_teacher_space(student_AD),
+            projected_student,
             self.dual_space,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,
             pair_student_A=batch.pair_student_A,
             teacher_to_student_W=None if batch.teacher is None else self.teacher_to_student_W,
+            projected_student_head=projected_head,
             chunk_size=self.loss_chunk,
         )
 
-    def student_in_teacher_space(self, student_AD: Tensor) -> Tensor:
-        """(A, E) S h_s."""
+    def _student_in_teacher_space(self, student_AD: Tensor) -> tuple[Tensor, Head | None]:
+        """S h_s, (A, E), to be scored by the teacher's head; or h_s and W_t S, where that takes fewer multiplications."""
         if isinstance(self.s2t, Projector):
-            return self.s2t(student_AD)
-        head = self.student.head
+            return self.s2t(student_AD), None
+        head, teacher_head = self.student.head, self.teacher.head
         # a frozen head (LoRA) gives one S for the whole run
         step = self.global_step if head.weight_VD.requires_grad else 0
-        return self.s2t(student_AD, head.weight_VD.detach(), self.teacher.head.weight_VD, step)
+        heads = head.weight_VD.detach(), teacher_head.weight_VD
+        if self.s2t.composing_pays(len(student_AD), self.student.hidden_size, self.teacher.hidden_size):
+            return student_AD, teacher_head._replace(weight_VD=self.s2t.composed(*heads, step))
+        return self.s2t(student_AD, *heads, step), None
 
     def _loss_with_attention(self, batch, teacher_UE, ce_weight: float, kd_denominator: float) -> DualSpaceTerms:
         student, teacher = batch.student, batch.teacher

@@ -200,6 +200,7 @@ class ClosedFormStudentToTeacher(_NeverHalf):
         self.register_buffer("teacher_K", shared.teacher_K, persistent=False)
         self.num_shared, self.center_heads = shared.num, center_heads
         self._map_ED: Tensor | None = None
+        self._composed_WD: Tensor | None = None
         self._step: int | None = None
 
     def forward(self, hidden_TD: Tensor, student_VD: Tensor, teacher_WE: Tensor, step: int) -> Tensor:
@@ -211,9 +212,27 @@ class ClosedFormStudentToTeacher(_NeverHalf):
             teacher_WE: the teacher's head.
             step: optimizer steps so far. S is formed anew when this number changes; pass a constant for a frozen head.
         """
-        if self._map_ED is None or self._step != step or self._map_ED.device != hidden_TD.device:
-            self._map_ED, self._step = self.weight(student_VD, teacher_WE), step
+        self._refresh(student_VD, teacher_WE, step)
         return linear(hidden_TD, self._map_ED.to(hidden_TD.dtype))
+
+    @torch.no_grad()
+    def composed(self, student_VD: Tensor, teacher_WE: Tensor, step: int) -> Tensor:
+        """W_t S, (W, D): scores the student's own states under the teacher's head, in the teacher's dtype.
+
+        Fewer multiplications than S first and the head then, as soon as `composing_pays`. Arguments as in `forward`.
+        """
+        self._refresh(student_VD, teacher_WE, step)
+        if self._composed_WD is None:
+            self._composed_WD = teacher_WE @ self._map_ED.to(teacher_WE.dtype)
+        return self._composed_WD
+
+    def composing_pays(self, rows: int, student_width: int, teacher_width: int) -> bool:
+        """Whether W_t S, formed once, costs less than the width it saves forward and backward over so many rows."""
+        return 2 * rows * (teacher_width - student_width) > student_width * teacher_width
+
+    def _refresh(self, student_VD: Tensor, teacher_WE: Tensor, step: int) -> None:
+        if self._map_ED is None or self._step != step or self._map_ED.device != student_VD.device:
+            self._map_ED, self._step, self._composed_WD = self.weight(student_VD, teacher_WE), step, None
 
     @torch.no_grad()
     def weight(self, student_VD: Tensor, teacher_WE: Tensor) -> Tensor:

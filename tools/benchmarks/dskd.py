@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, dual_space
+from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.models.projector import ClosedFormStudentToTeacher, ideal_projectors, shared_rows
 
 
@@ -56,6 +57,12 @@ def plain(work: Workload, _: str | None) -> Step:
 def fused(work: Workload, _: str | None) -> Step:
     """lit_llm."""
     return _ours(work, stored=False)
+
+
+def compiled(work: Workload, folder: str | None) -> Step:
+    """lit_llm with --compile_loss true."""
+    compile_elementwise(True)
+    return fused(work, folder)
 
 
 def store(work: Workload, _: str | None) -> Step:
@@ -151,6 +158,11 @@ def _ours(work: Workload, stored: bool) -> Step:
         with torch.no_grad():
             teacher_TE = teacher.hidden(work.tokens) if stored_TE is None else stored_TE
         student_TD = student.hidden(work.tokens)
+        heads, step = (student_VD.detach(), teacher_WE), next(steps)
+        if to_teacher.composing_pays(work.supervised, *to_student.weight.shape):
+            mapped, mapped_head = student_TD, head._replace(weight_VD=to_teacher.composed(*heads, step))
+        else:
+            mapped, mapped_head = to_teacher(student_TD, *heads, step), None
         terms = dual_space(
             student_TD,
             work.tokens.target_T,
@@ -158,11 +170,12 @@ def _ours(work: Workload, stored: bool) -> Step:
             teacher_TE,
             head,
             to_student(teacher_TE),
-            to_teacher(student_TD, student_VD.detach(), teacher_WE, next(steps)),
+            mapped,
             settings,
             ce_weight=(1 - KD_WEIGHT) / work.supervised,
             kd_weight=KD_WEIGHT,
             kd_denominator=work.supervised,
+            projected_student_head=mapped_head,
         )
         terms.loss.backward()
         return terms.loss.detach()
@@ -186,6 +199,7 @@ def _pseudo_inverse(head_VE: Tensor) -> Tensor:
 # name: (contender, gate, needs)
 CONTENDERS = {
     "lit_llm": (fused, "dskd", None),
+    "lit_llm compiled": (compiled, "dskd", None),
     "lit_llm store": (store, "dskd", None),
     "plain PyTorch": (plain, "dskd", None),
     "DSKDv2 code": (dskd_code, "dskd", "dskdv2"),

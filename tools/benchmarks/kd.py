@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from lit_llm.losses import fused_head
 from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.logit_gradient import compile_elementwise
 
 
 def plain(work: Workload, _: str | None) -> Step:
@@ -42,6 +43,12 @@ def plain(work: Workload, _: str | None) -> Step:
 def fused(work: Workload, _: str | None) -> Step:
     """lit_llm."""
     return _ours(work, Divergence(temperature=TEMPERATURE), 1 - KD_WEIGHT, KD_WEIGHT)
+
+
+def compiled(work: Workload, folder: str | None) -> Step:
+    """lit_llm with --compile_loss true."""
+    compile_elementwise(True)
+    return fused(work, folder)
 
 
 def store(work: Workload, _: str | None) -> Step:
@@ -168,6 +175,7 @@ def _ours(work: Workload, divergence: Divergence, ce_weight: float, kd_weight: f
 # name: (contender, gate, needs)
 CONTENDERS = {
     "lit_llm": (fused, "kl", None),
+    "lit_llm compiled": (compiled, "kl", None),
     "lit_llm store": (store, "kl", None),
     "plain PyTorch": (plain, "kl", None),
     "DSKDv2 code, KD": (dskd_code, "kl", "dskdv2"),
