@@ -205,7 +205,7 @@ class DSKD(Distillation):
             return self.s2t(student_AD)
         head = self.student.head
         # a frozen head (LoRA) gives one S for the whole run
-        step = self.global_step if head.weight_VD.requires_grad else 0
+        step = self.global_step if self.student.trains_head else 0
         return self.s2t(student_AD, head.weight_VD.detach(), self.teacher.head.weight_VD, step)
 
     def _loss_with_attention(self, batch, teacher_UE, ce_weight: float, kd_denominator: float) -> DualSpaceTerms:
