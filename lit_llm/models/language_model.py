@@ -6,8 +6,9 @@ Shapes: B sequences, L padded positions, T supervised positions, D width, V rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from lit_llm.data.batch import TokenBatch
 from lit_llm.losses.fused_head import Head
-from lit_llm.models import generation, sources
+from lit_llm.models import generation, quantization, sources
 from lit_llm.models.adapters import Lora, with_adapters
 from lit_llm.models.generation import Sampling
+from lit_llm.models.quantization import Quantization
 from lit_llm.storage import complete_folder
 
 _TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
@@ -39,6 +41,8 @@ class ModelSpec:
         dtype: of the weights.
         attention: implementation of attention; None: transformers' choice for the architecture.
         lora: train adapters instead of the weights.
+        quantization: keep the body's frozen weights in 4 bits (`nf4`, as in QLoRA) or 8 (`int8`), by bitsandbytes; the
+            head is left as it is. For a frozen teacher, or for a student with `lora`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         trim_head: losses and generation leave out the rows of the head beyond the tokenizer's highest id, which pad many
             published heads (152,064 rows for 151,665 ids), to different lengths for models of one tokenizer. The
@@ -52,6 +56,7 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     lora: Lora | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     trim_head: bool = True
 
@@ -66,6 +71,11 @@ class ModelSpec:
         if self.config is not None and self.keep_layers is not None:
             raise ValueError(
                 "`keep_layers` cuts a `source`, but `config` is a random start. Set num_hidden_layers there."
+            )
+        if self.config is not None and self.quantization is not None:
+            raise ValueError(
+                f"`quantization` ({self.quantization}) is for the weights of a `source`, but `config` is a random start. "
+                f"Leave it out."
             )
         if self.keep_layers is not None and len(self.keep_layers) == 0:
             raise ValueError("`keep_layers` is empty. Name at least one layer, or leave it out.")
@@ -84,18 +94,34 @@ class ModelSpec:
         Raises:
             ValueError: it cannot be had, or does not fit the tokenizer.
         """
-        tokenizer, dtype = self.load_tokenizer(), getattr(torch, self.dtype)
-        if self.source is None:
-            model = sources.random_start(self.config, self.attention, dtype, tokenizer)
-        else:
-            model = sources.load_model(self.source, self.keep_layers, self.attention, dtype)
-            if self.tokenizer not in (None, self.source):
-                sources.use_special_tokens(model, tokenizer)
+        tokenizer = self.load_tokenizer()
+        model = self._transformer(tokenizer, self.quantization)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.quantization is not None and self.lora is not None:
+            model = quantization.prepared_for_adapters(model)
         if self.lora is not None:
             model = with_adapters(model, self.lora)
-        return LanguageModel(model, tokenizer, self.trim_head).train()  # transformers hands models out in eval mode
+        plain = None if self.quantization is None else partial(self._plain, tokenizer)
+        # transformers hands models out in eval mode
+        return LanguageModel(model, tokenizer, self.trim_head, plain).train()
+
+    def _transformer(self, tokenizer, kind: Quantization | None) -> nn.Module:
+        dtype = getattr(torch, self.dtype)
+        if self.source is None:
+            return sources.random_start(self.config, self.attention, dtype, tokenizer)
+        settings = None if kind is None else quantization.quantization_config(kind, dtype)
+        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
+        if kind is not None:
+            quantization.settle(model, self.source)
+        if self.tokenizer not in (None, self.source):
+            sources.use_special_tokens(model, tokenizer)
+        return model
+
+    def _plain(self, tokenizer) -> nn.Module:
+        """What is trained as it would be without quantisation: another copy of the source, with adapters."""
+        model = self._transformer(tokenizer, None)
+        return model if self.lora is None else with_adapters(model, self.lora)
 
 
 class LanguageModel(nn.Module):
@@ -105,14 +131,20 @@ class LanguageModel(nn.Module):
         model: a transformers causal language model, or a peft model around one.
         tokenizer: a fast tokenizer with eos and pad.
         trim_head: leave out the head's rows beyond the tokenizer's ids.
+        plain: builds the same model without quantisation, for saving; None where it is not quantised.
 
     Raises:
         ValueError: the tokenizer has ids without a row in the head; or the architecture is outside the tested ones and
             `check_head` finds that it does not fit.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, trim_head: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer, trim_head: bool = True, plain: Callable[[], nn.Module] | None = None
+    ) -> None:
         super().__init__()
+        self._plain = plain
+        if plain is not None:
+            quantization.keep_base_out_of_checkpoints(self)
         self.model, self.tokenizer, self.trim_head = model, tokenizer, trim_head
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.num_tokens > self.vocab_size:
@@ -279,17 +311,27 @@ class LanguageModel(nn.Module):
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: config, safetensors, tokenizer; adapters merged into a copy.
 
+        Quantised weights are written as the numbers that they stand for, in the model's dtype.
+
         The folder appears when it is complete, after a reload through `AutoModelForCausalLM` gave the same weights.
 
         Raises:
             ValueError: the reloaded weights differ.
         """
-        merged = copy.deepcopy(self.model).merge_and_unload() if self.model is not self.transformer else self.model
+        merged = self._merged()
         generation.settle_defaults(merged, self.tokenizer, self.head.num_rows)
         with complete_folder(Path(folder)) as scratch:
             merged.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
             _check_saved(merged, scratch)
+
+
+    def _merged(self) -> nn.Module:
+        if self._plain is not None:
+            whole = quantization.dequantized(self.model, self._plain())
+        else:
+            whole = copy.deepcopy(self.model) if self.model is not self.transformer else self.model
+        return whole.merge_and_unload() if hasattr(whole, "peft_config") else whole
 
 
 class Frozen(nn.Module):
