@@ -325,7 +325,6 @@ class LanguageModel(nn.Module):
             self.tokenizer.save_pretrained(scratch)
             _check_saved(merged, scratch)
 
-
     def _merged(self) -> nn.Module:
         if self._plain is not None:
             whole = quantization.dequantized(self.model, self._plain())

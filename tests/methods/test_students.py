@@ -18,7 +18,12 @@ from lit_llm.models.projector import ClosedFormStudentToTeacher
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 from tests.tiny_runs import fit, tiny_config
 
-TEXTS = [("Name a cat. ", "The cat saw naïve dogs."), ("Say. ", "Paris"), ("And? ", "Red, green and blue."), ("A ", "b c")]
+TEXTS = [
+    ("Name a cat. ", "The cat saw naïve dogs."),
+    ("Say. ", "Paris"),
+    ("And? ", "Red, green and blue."),
+    ("A ", "b c"),
+]
 PACKED = ["--data.init_args.pack_to=96", "--data.init_args.batch_size=2"]
 BUDGET = ["--data.init_args.batch_size=null", "--data.init_args.batch_tokens=120"]
 QUIET = ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=3"]
@@ -193,7 +198,11 @@ def test_a_run_with_adapters_resumes_exactly(tmp_path):
 )
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_quantised_student_and_teacher_train_stop_resume_and_are_saved_plain(tmp_path, kind):
-    options = [*LORA, f"--model.init_args.student.quantization={kind}", f"--model.init_args.teacher.quantization={kind}"]
+    options = [
+        *LORA,
+        f"--model.init_args.student.quantization={kind}",
+        f"--model.init_args.teacher.quantization={kind}",
+    ]
     unbroken = fit(tiny_config(tmp_path / "unbroken", "dskd"), *options)
     config = tiny_config(tmp_path / "broken", "dskd")
     with pytest.raises(RuntimeError, match="died on purpose"):
