@@ -15,6 +15,7 @@ from lit_llm.methods.dskd_settings import Projectors
 from lit_llm.methods.kd import KD
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.projector import ClosedFormStudentToTeacher
+from lit_llm.training_cli import TrainingCLI
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 from tests.tiny_runs import fit, tiny_config
 
@@ -210,5 +211,7 @@ def test_a_quantised_student_and_teacher_train_stop_resume_and_are_saved_plain(t
     resumed = fit(config, *options, "--ckpt_path", "last")
     assert largest_gap(state(resumed), state(unbroken)) == 0
     assert all("lora" in name or not name.startswith("student.") for name in state(resumed))
-    saved = ModelSpec(source=str(resumed.model.run_folder / "model")).load()
-    assert all(p.dtype == torch.float32 for p in saved.parameters())
+    TrainingCLI.run(["export", "--config", str(config), *options, "--ckpt_path", "last", "--to", str(tmp_path / "to")])
+    saved = [ModelSpec(source=str(place)).load() for place in (resumed.model.run_folder / "model", tmp_path / "to")]
+    assert all(p.dtype == torch.float32 for p in saved[0].parameters())
+    assert largest_gap(*(model.state_dict() for model in saved)) == 0
