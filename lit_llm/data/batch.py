@@ -1,7 +1,8 @@
 """Typed batches: what travels from the data workers to a method.
 
 Shapes: B sequences, L padded positions, T supervised positions of the whole batch (flattened),
-U the same on the teacher's side, A aligned pairs of supervised positions.
+U the same on the teacher's side, A aligned pairs of supervised positions, R rows: one for each sequence, or fewer where
+rows are packed with several sequences.
 
 They are meant as read-only, but not declared `frozen`: Lightning's precision plugins refuse frozen dataclasses.
 """
@@ -31,12 +32,16 @@ class TokenBatch(_Movable):
     """Right-padded sequences of one tokenizer and the positions that a loss looks at.
 
     Attributes:
-        ids_BL: token ids, int64.
+        ids_BL: token ids, int64; (R, L) where rows are packed.
         length_B: real tokens of each sequence, int64; what lies beyond is padding.
         position_T: supervised positions as indices into the flattened [B * L] grid, ascending, int64. The hidden state
             at such a position predicts the *next* token.
         target_T: that next token, int64.
         sequence_T: the sequence each supervised position belongs to, int64.
+        position_ids_RL: packed rows only: the position of each token in its own sequence, int64; 0 at padding. Attention
+            stays within a sequence, which begins wherever the position is not one more than the last. None: one
+            sequence in each row.
+        longest: tokens of the longest sequence; known where `position_ids_RL` is.
     """
 
     ids_BL: Tensor
@@ -44,6 +49,8 @@ class TokenBatch(_Movable):
     position_T: Tensor
     target_T: Tensor
     sequence_T: Tensor
+    position_ids_RL: Tensor | None = None
+    longest: int | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -76,7 +83,12 @@ class DistillationBatch(_Movable):
     examples: tuple[int, ...]
 
 
-def collate_tokens(ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_id: int) -> TokenBatch:
+def collate_tokens(
+    ids: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    pad_id: int,
+    row_sizes: Sequence[int] | None = None,
+) -> TokenBatch:
     """Pad sequences on the right and list the supervised positions.
 
     Args:
@@ -84,24 +96,44 @@ def collate_tokens(ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], 
         prompt_lengths: how many tokens at the start of each sequence are not to be predicted. 0 supervises everything
             but the first token, which nothing predicts.
         pad_id: any valid id; padding is told by `length_B`, never by comparing ids.
+        row_sizes: how many sequences stand in each row, in order; None: one each, not packed.
     """
-    longest = max(len(sequence) for sequence in ids)
-    ids_BL = torch.full((len(ids), longest), pad_id, dtype=torch.int64)
+    lengths = [len(sequence) for sequence in ids]
+    rows, starts = _places(lengths, row_sizes)
+    width = max(start + length for start, length in zip(starts, lengths, strict=True))
+    ids_RL = torch.full((rows[-1] + 1, width), pad_id, dtype=torch.int64)
+    position_ids_RL = torch.zeros_like(ids_RL)
     position, target, sequence_of = [], [], []
-    for row, (sequence, prompt_length) in enumerate(zip(ids, prompt_lengths, strict=True)):
-        tokens = torch.as_tensor(sequence, dtype=torch.int64)
-        ids_BL[row, : len(tokens)] = tokens
+    for number, (sequence, prompt_length) in enumerate(zip(ids, prompt_lengths, strict=True)):
+        tokens, row, start = torch.as_tensor(sequence, dtype=torch.int64), rows[number], starts[number]
+        ids_RL[row, start : start + len(tokens)] = tokens
+        position_ids_RL[row, start : start + len(tokens)] = torch.arange(len(tokens))
         first = max(prompt_length, 1)
-        position.append(torch.arange(first - 1, len(tokens) - 1) + row * longest)
+        position.append(torch.arange(first - 1, len(tokens) - 1) + row * width + start)
         target.append(tokens[first:])
-        sequence_of.append(torch.full((len(tokens) - first,), row, dtype=torch.int64))
+        sequence_of.append(torch.full((len(tokens) - first,), number, dtype=torch.int64))
     return TokenBatch(
-        ids_BL=ids_BL,
-        length_B=torch.tensor([len(sequence) for sequence in ids]),
+        ids_BL=ids_RL,
+        length_B=torch.tensor(lengths),
         position_T=torch.cat(position),
         target_T=torch.cat(target),
         sequence_T=torch.cat(sequence_of),
+        position_ids_RL=None if row_sizes is None else position_ids_RL,
+        longest=None if row_sizes is None else max(lengths),
     )
+
+
+def _places(lengths: Sequence[int], row_sizes: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Row and first column of each sequence."""
+    rows, starts, number = [], [], 0
+    for row, size in enumerate([1] * len(lengths) if row_sizes is None else row_sizes):
+        start = 0
+        for length in lengths[number : number + size]:
+            rows.append(row)
+            starts.append(start)
+            start += length
+        number += size
+    return rows, starts
 
 
 def collate_pairs(

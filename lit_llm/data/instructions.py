@@ -44,10 +44,16 @@ class Instructions(L.LightningDataModule):
         long_answers: `cut` at max_length (such an answer gets no end-of-sequence token), or `drop` the example.
         alignment: how tokens of two tokenizers are paired: `bytes` (exact byte spans) or `released`, the rule of the
             authors' code (arXiv 2504.11426), for parity.
-        batch_size: examples per micro-batch and process.
-        eval_batch_size: the same for validation and test.
-        bucket: batches within a window of this many are sorted by length to save padding; 1 turns it off.
-        drop_last: leave out the training examples that do not fill the last micro-batch.
+        batch_size: examples per micro-batch and process (rows, with `pack_to`). None: 8, unless `batch_tokens` is set.
+        batch_tokens: padded tokens per micro-batch and process instead: examples of similar length are put together
+            until the longest times their number would pass it. With two tokenizers the longer reading counts.
+        pack_to: tokens of a row that holds several examples one after the other, none of which sees another. None: one
+            example is one row. With two tokenizers both readings of a row stay within it.
+        eval_batch_size: examples per batch of validation and test, which are never packed.
+        bucket: batches within a window of this many are sorted by length to save padding; 1 turns it off. With
+            `batch_tokens` or `pack_to`, examples that share a batch or a row are found within about so many batches.
+        drop_last: leave out the training examples that do not fill the last micro-batch. With `batch_tokens` or
+            `pack_to` batches are divided instead, and none is left out.
         limit: use only the first rows of every part. None: all.
         num_workers: processes that build batches; 0 builds them in the main process.
         tokenize_workers: processes that tokenise; 0 means one per 4,000 rows, at most the number of cores.
@@ -69,7 +75,9 @@ class Instructions(L.LightningDataModule):
         long_prompts: Literal["keep_end", "drop"] = "keep_end",
         long_answers: Literal["cut", "drop"] = "cut",
         alignment: Literal["bytes", "released"] = "bytes",
-        batch_size: int = 8,
+        batch_size: Optional[int] = None,
+        batch_tokens: Optional[int] = None,
+        pack_to: Optional[int] = None,
         eval_batch_size: int = 16,
         bucket: int = 8,
         drop_last: bool = True,
@@ -84,8 +92,19 @@ class Instructions(L.LightningDataModule):
                 f"data.max_prompt_length ({max_prompt_length}) leaves no room for an answer within data.max_length "
                 f"({max_length}). Lower the first or raise the second."
             )
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "bucket": bucket}.items():
-            if value < 1:
+        if batch_tokens is not None and batch_size is not None:
+            raise ValueError(
+                f"data.batch_size ({batch_size}) and data.batch_tokens ({batch_tokens}) both set the size of a "
+                f"micro-batch. Keep one, and set the other to null."
+            )
+        if batch_tokens is not None and pack_to is not None:
+            raise ValueError(
+                f"data.pack_to ({pack_to}) fills rows with tokens, so data.batch_tokens ({batch_tokens}) has nothing to "
+                f"decide. Set data.batch_tokens: null and data.batch_size to the number of rows."
+            )
+        counts = {"batch_size": batch_size, "batch_tokens": batch_tokens, "pack_to": pack_to}
+        for name, value in {**counts, "eval_batch_size": eval_batch_size, "bucket": bucket}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
         self.sources = {"train": train, "validation": validation, "test": test}
         self.columns, self.limit = columns or {}, limit
@@ -100,7 +119,8 @@ class Instructions(L.LightningDataModule):
             long_answers=long_answers,
             alignment=alignment,
         )
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size = 8 if batch_size is None and batch_tokens is None else batch_size
+        self.batch_tokens, self.pack_to, self.eval_batch_size = batch_tokens, pack_to, eval_batch_size
         self.bucket, self.drop_last, self.seed = bucket, drop_last, seed
         self.num_workers, self.tokenize_workers = num_workers, tokenize_workers
         self.sets: dict[str, TokenizedSet] = {}
@@ -118,23 +138,36 @@ class Instructions(L.LightningDataModule):
 
     def train_dataloader(self) -> StepLoader:
         examples = self.sets["train"]
-        per_step = self.batch_size * self.trainer.world_size
-        if self.drop_last and len(examples) < per_step:
-            raise ValueError(
-                f"data.train has {len(examples)} usable examples, fewer than one micro-batch on every process "
-                f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"
-                f"  Lower data.batch_size or set data.drop_last: false."
-            )
+        limited = self.batch_tokens is not None or self.pack_to is not None
+        if not limited and self.drop_last:
+            self._check_enough(examples)
         sampler = self._sampler(
             examples,
+            examples.longer_lengths if limited else examples.lengths,
             batch_size=self.batch_size,
+            batch_tokens=self.batch_tokens,
+            pack_to=self.pack_to,
             accumulate=self.trainer.accumulate_grad_batches,
             shuffle=True,
             seed=self.seed,
             drop_last=self.drop_last,
             bucket=self.bucket,
         )
+        if limited:
+            rank_zero_info(
+                f"train: {len(examples):,} examples in {len(sampler):,} micro-batches per process and epoch, "
+                f"{sampler.fill:.0%} of whose tokens are not padding"
+            )
         return StepLoader(self._batches(examples), sampler, num_workers=self.num_workers)
+
+    def _check_enough(self, examples: TokenizedSet) -> None:
+        per_step = self.batch_size * self.trainer.world_size
+        if len(examples) < per_step:
+            raise ValueError(
+                f"data.train has {len(examples)} usable examples, fewer than one micro-batch on every process "
+                f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"
+                f"  Lower data.batch_size or set data.drop_last: false."
+            )
 
     def val_dataloader(self) -> DataLoader | list:
         return self._evaluation_loader("validation")
@@ -156,12 +189,12 @@ class Instructions(L.LightningDataModule):
         if split not in self.sets:
             return []
         examples = self.sets[split]
-        sampler = self._sampler(examples, batch_size=self.eval_batch_size, bucket=len(examples))
+        sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
         return DataLoader(self._batches(examples), sampler=sampler, batch_size=None, generator=torch.Generator())
 
-    def _sampler(self, examples: TokenizedSet, **settings) -> StepSampler:
+    def _sampler(self, examples: TokenizedSet, lengths: list[int], **settings) -> StepSampler:
         return StepSampler(
-            examples.lengths,
+            lengths,
             examples.supervised,
             examples.pairs,
             rank=self.trainer.global_rank,
@@ -204,12 +237,18 @@ class InstructionBatches:
     def __getitem__(self, micro: MicroBatch) -> DistillationBatch:
         rows = [self.examples[example] for example in micro.examples]
         student = collate_tokens(
-            [row["student_ids"] for row in rows], [row["student_prompt"] for row in rows], self.student_pad
+            [row["student_ids"] for row in rows],
+            [row["student_prompt"] for row in rows],
+            self.student_pad,
+            micro.row_sizes,
         )
         teacher = pair_student_A = pair_teacher_A = None
         if self.teacher_pad is not None:
             teacher = collate_tokens(
-                [row["teacher_ids"] for row in rows], [row["teacher_prompt"] for row in rows], self.teacher_pad
+                [row["teacher_ids"] for row in rows],
+                [row["teacher_prompt"] for row in rows],
+                self.teacher_pad,
+                micro.row_sizes,
             )
             pair_student_A, pair_teacher_A = collate_pairs(
                 student, teacher, [row["pair_student"] for row in rows], [row["pair_teacher"] for row in rows]

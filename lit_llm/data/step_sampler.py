@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lit_llm.data.packing import Grouping, Limit, packed_rows, padded_groups
 
 
 @dataclass(frozen=True)
@@ -21,21 +24,24 @@ class MicroBatch:
         examples: indices into the dataset.
         step_tokens: supervised student tokens of the whole optimizer step, all ranks.
         step_pairs: aligned pairs of the whole optimizer step, all ranks.
+        row_sizes: how many of the examples stand in each row, in order; None: every example has its own row.
     """
 
     examples: tuple[int, ...]
     step_tokens: int
     step_pairs: int
+    row_sizes: tuple[int, ...] | None = None
 
 
 class StepSampler(Sampler[MicroBatch]):
     """Plans an epoch of optimizer steps.
 
     Args:
-        lengths: tokens of each example (padding is decided by the longest of a micro-batch).
+        lengths: tokens of each example (padding is decided by the longest of a micro-batch); where two models read it,
+            those of the longer side if there is a limit of tokens.
         supervised: supervised student tokens of each example.
         pairs: aligned pairs of each example.
-        batch_size: examples per micro-batch and rank.
+        batch_size: rows per micro-batch and rank: examples, or packed rows with `pack_to`; None with `batch_tokens`.
         accumulate: micro-batches per optimizer step.
         rank: this process.
         world_size: number of processes.
@@ -43,7 +49,16 @@ class StepSampler(Sampler[MicroBatch]):
         seed: of the order.
         drop_last: leave out the examples that do not fill a micro-batch on every rank.
         bucket: examples are sorted by length within windows of this many micro-batches before they are cut into
-            micro-batches, which saves padding; 1 turns it off. The order of micro-batches stays random.
+            micro-batches, which saves padding; 1 turns it off. The order of micro-batches stays random. With a limit of
+            tokens, groups are formed within such windows.
+        batch_tokens: padded tokens of a micro-batch, instead of `batch_size`.
+        pack_to: tokens of a row that holds several examples; None: one example is one row.
+
+    With `batch_tokens` or `pack_to` every epoch has the same number of micro-batches, all examples take part, and
+    `drop_last` has nothing to drop.
+
+    Raises:
+        ValueError: an example is longer than the limit of tokens, or there are fewer examples than ranks.
     """
 
     def __init__(
@@ -52,7 +67,7 @@ class StepSampler(Sampler[MicroBatch]):
         supervised: Sequence[int],
         pairs: Sequence[int],
         *,
-        batch_size: int,
+        batch_size: int | None = None,
         accumulate: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -60,19 +75,46 @@ class StepSampler(Sampler[MicroBatch]):
         seed: int = 0,
         drop_last: bool = False,
         bucket: int = 1,
+        batch_tokens: int | None = None,
+        pack_to: int | None = None,
     ) -> None:
         self.lengths, self.supervised, self.pairs = lengths, supervised, pairs
         self.batch_size, self.accumulate = batch_size, accumulate
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.seed, self.drop_last, self.bucket = shuffle, seed, drop_last, bucket
         self.epoch, self.position = 0, 0
+        self.packed = pack_to is not None
+        self.grouping: Grouping | None = None
+        if pack_to is not None or batch_tokens is not None:
+            packing, budget = ("data.pack_to", pack_to, packed_rows), ("data.batch_tokens", batch_tokens, padded_groups)
+            self.grouping = Grouping(
+                lengths,
+                Limit(*(packing if self.packed else budget)),
+                self._order(self._generator(0)),
+                per_rank=batch_size if self.packed else 1,
+                world_size=world_size,
+                bucket=bucket,
+            )
 
     def __iter__(self) -> Iterator[MicroBatch]:
         yield from self.plan(self.epoch)[self.position :]
 
     def __len__(self) -> int:
+        if self.grouping is not None:
+            return self.grouping.num_rounds
         rows, per_round = len(self.lengths), self.batch_size * self.world_size
         return rows // per_round if self.drop_last else -(-rows // per_round)
+
+    @property
+    def fill(self) -> float:
+        """Share of the tokens of epoch 0 on this rank that are not padding."""
+        real = padded = 0
+        for micro in self.plan(0):
+            lengths, rows = iter(self.lengths[example] for example in micro.examples), []
+            for size in micro.row_sizes or [1] * len(micro.examples):
+                rows.append(sum(islice(lengths, size)))
+            real, padded = real + sum(rows), padded + max(rows) * len(rows)
+        return real / padded
 
     def set_epoch(self, epoch: int) -> None:
         """Begin another epoch; the same epoch again keeps the position inside it (a resumed run)."""
@@ -85,20 +127,44 @@ class StepSampler(Sampler[MicroBatch]):
         planned = []
         for start in range(0, len(rounds), self.accumulate):
             step = rounds[start : start + self.accumulate]
-            members = [example for micro_batches in step for micro in micro_batches for example in micro]
+            members = [example for ranks in step for rows in ranks for row in rows for example in row]
             tokens = sum(self.supervised[example] for example in members)
             pairs = sum(self.pairs[example] for example in members)
-            planned += [MicroBatch(tuple(micro[self.rank]), tokens, pairs) for micro in step if micro[self.rank]]
+            planned += [self._micro_batch(ranks[self.rank], tokens, pairs) for ranks in step if ranks[self.rank]]
         return planned
 
-    def _rounds(self, epoch: int) -> list[list[list[int]]]:
-        """Rounds in order; a round is one micro-batch for every rank."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        rows = len(self.lengths)
-        order = torch.randperm(rows, generator=generator).tolist() if self.shuffle else list(range(rows))
+    def _micro_batch(self, rows: list[list[int]], tokens: int, pairs: int) -> MicroBatch:
+        sizes = tuple(len(row) for row in rows) if self.packed else None
+        return MicroBatch(tuple(example for row in rows for example in row), tokens, pairs, sizes)
+
+    def _rounds(self, epoch: int) -> list[list[list[list[int]]]]:
+        """Rounds in order; a round is one micro-batch for every rank, a micro-batch is rows of examples."""
+        generator = self._generator(epoch)
+        order = self._order(generator)
+        if self.grouping is None:
+            return [self._strided(rows) for rows in self._rounds_of_rows(order, generator)]
+        rounds = self.grouping.rounds(order, lambda number: self._permutation(number, generator))
+        if self.packed:
+            return [self._strided(rows) for rows in rounds]
+        return [[[[example] for example in group] for group in groups] for groups in rounds]
+
+    def _strided(self, rows: list[list[int]]) -> list[list[list[int]]]:
+        """The rows of each rank; strided, so that those of a length-sorted round carry about the same number of tokens."""
+        return [rows[rank :: self.world_size] for rank in range(self.world_size)]
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        return self._permutation(len(self.lengths), generator)
+
+    def _permutation(self, number: int, generator: torch.Generator) -> list[int]:
+        return torch.randperm(number, generator=generator).tolist() if self.shuffle else list(range(number))
+
+    def _rounds_of_rows(self, order: list[int], generator: torch.Generator) -> list[list[list[int]]]:
         per_round = self.batch_size * self.world_size
         if self.drop_last:
-            order = order[: rows // per_round * per_round]
+            order = order[: len(order) // per_round * per_round]
         if self.bucket > 1:
             window = per_round * self.bucket
             order = [
@@ -106,11 +172,10 @@ class StepSampler(Sampler[MicroBatch]):
                 for start in range(0, len(order), window)
                 for example in sorted(order[start : start + window], key=lambda i: self.lengths[i])
             ]
-        rounds = [order[start : start + per_round] for start in range(0, len(order), per_round)]
+        rounds = [[[i] for i in order[start : start + per_round]] for start in range(0, len(order), per_round)]
         if self.shuffle and self.bucket > 1:
             rounds = [rounds[i] for i in torch.randperm(len(rounds), generator=generator).tolist()]
-        # strided, so that the ranks of a length-sorted round carry about the same number of tokens
-        return [[members[rank :: self.world_size] for rank in range(self.world_size)] for members in rounds]
+        return rounds
 
 
 class StepLoader(DataLoader):

@@ -13,7 +13,7 @@ from lit_llm.data.templates import render_prompt
 from lit_llm.data.token_alignment import align_answers, token_spellings
 from lit_llm.storage import cache_folder
 
-_FORMAT = 1  # raise it when the meaning of a cached column changes
+_FORMAT = 2  # raise it when the meaning of a cached column changes
 _ROWS_PER_WORKER = 4000
 _DROPPED = ("empty answer", "empty prompt", "prompt too long", "answer too long", "nothing to supervise")
 
@@ -114,6 +114,12 @@ class TokenizedSet:
         return self.table["num_tokens"][:]
 
     @cached_property
+    def longer_lengths(self) -> list[int]:
+        """Tokens of each example as that tokenizer reads it which makes more of them."""
+        pairs = zip(self.lengths, self.table["num_teacher_tokens"][:], strict=True)
+        return [max(student, teacher) for student, teacher in pairs]
+
+    @cached_property
     def supervised(self) -> list[int]:
         return self.table["num_supervised"][:]
 
@@ -206,6 +212,7 @@ class RowEncoder:
             "pair_student": pair_student,
             "pair_teacher": pair_teacher,
             "num_tokens": len(student.ids),
+            "num_teacher_tokens": len(teacher.ids),
             "num_supervised": max(supervised, 0),
             "num_pairs": len(pair_student) if self.teacher is not None else max(supervised, 0),
             "prompt_cut": student.prompt_cut or teacher.prompt_cut,

@@ -111,6 +111,11 @@ class Method(L.LightningModule):
         super().__init__()
         if loss_chunk is not None and loss_chunk < 1:
             raise ValueError(f"model.loss_chunk is {loss_chunk}; it counts tokens. Leave it out for the default.")
+        if student.quantization is not None and student.lora is None:
+            raise ValueError(
+                f"model.student.quantization is {student.quantization!r}, but model.student.lora is not set, and quantised "
+                f"weights cannot be trained.\n  Set model.student.lora.rank (QLoRA), or leave the quantisation out."
+            )
         self.student_spec, self.optimization, self.generation = student, optimization, generation
         self.loss_chunk = loss_chunk
         self.student: LanguageModel | None = None

@@ -208,7 +208,7 @@ class DSKD(Distillation):
             return self.s2t(student_AD), None
         head, teacher_head = self.student.head, self.teacher.head
         # a frozen head (LoRA) gives one S for the whole run
-        step = self.global_step if head.weight_VD.requires_grad else 0
+        step = self.global_step if self.student.trains_head else 0
         heads = head.weight_VD.detach(), teacher_head.weight_VD
         if self.s2t.composing_pays(len(student_AD), self.student.hidden_size, self.teacher.hidden_size):
             return student_AD, teacher_head._replace(weight_VD=self.s2t.composed(*heads, step))

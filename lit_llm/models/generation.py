@@ -55,7 +55,14 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {range_}.")
 
 
-def generate(model: nn.Module, tokenizer, prompts: list[list[int]], sampling: Sampling, batch_size: int):
+def generate(
+    model: nn.Module,
+    tokenizer,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    batch_size: int,
+    num_tokens: int | None = None,
+) -> list[list[int]]:
     """New token ids of each prompt, without the token that ended it.
 
     Runs in eval mode without gradients; the mode of every module and the global random state are left as they were.
@@ -66,6 +73,7 @@ def generate(model: nn.Module, tokenizer, prompts: list[list[int]], sampling: Sa
         prompts: token ids, none of them empty.
         sampling: how tokens are chosen.
         batch_size: prompts at a time; prompts of similar length are put together.
+        num_tokens: ids from here on are never chosen; None: every row of the head may be.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room in a model with a table of positions.
@@ -80,13 +88,15 @@ def generate(model: nn.Module, tokenizer, prompts: list[list[int]], sampling: Sa
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             ids_BL, mask_BL = _left_padded([prompts[i] for i in members], tokenizer.pad_token_id, model.device)
-            new_BL = _continue(model, tokenizer, ids_BL, mask_BL, sampling)[:, ids_BL.shape[1] :]
+            new_BL = _continue(model, tokenizer, ids_BL, mask_BL, sampling, num_tokens)[:, ids_BL.shape[1] :]
             for i, new in zip(members, new_BL.tolist(), strict=True):
                 answers[i] = new[: next((at for at, token in enumerate(new) if token in ends), len(new))]
     return answers
 
 
-def stream(model: nn.Module, tokenizer, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+def stream(
+    model: nn.Module, tokenizer, prompt: list[int], sampling: Sampling, num_tokens: int | None = None
+) -> Iterator[str]:
     """Pieces of the text that continues one prompt, as they come; an error is raised where the text is read.
 
     The random state is given back when the text ends.
@@ -104,7 +114,8 @@ def stream(model: nn.Module, tokenizer, prompt: list[int], sampling: Sampling) -
     def run() -> None:
         try:
             with _seeded(model.device, sampling.seed):
-                _continue(model, tokenizer, ids_BL, mask_BL, sampling, streamer=streamer, stopping_criteria=[stop])
+                controls = {"streamer": streamer, "stopping_criteria": [stop]}
+                _continue(model, tokenizer, ids_BL, mask_BL, sampling, num_tokens, **controls)
         except BaseException as error:  # noqa: BLE001
             failures.append(error)  # raised again below, in the reader's thread
         finally:
@@ -132,11 +143,16 @@ def end_ids(model: nn.Module, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id} | (set(listed) & special)
 
 
-def settle_defaults(model: nn.Module, tokenizer) -> None:
-    """Make the generation settings that are saved with a model agree with the tokenizer and with themselves."""
+def settle_defaults(model: nn.Module, tokenizer, num_tokens: int | None = None) -> None:
+    """Make the generation settings that are saved with a model agree with the tokenizer and with themselves.
+
+    Ids from `num_tokens` on are suppressed: training never lowered them, and the tokenizer has no text for them.
+    """
     settings, ends = model.generation_config, sorted(end_ids(model, tokenizer))
     settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     settings.pad_token_id = tokenizer.pad_token_id
+    if beyond := _beyond(model, num_tokens):
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *beyond})
     if any(getattr(settings, name, None) is not None for name in _SAMPLING_ONLY):
         settings.do_sample = True  # published folders forget it, and transformers refuses to save them
 
@@ -149,7 +165,9 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _continue(model, tokenizer, ids_BL: Tensor, mask_BL: Tensor, sampling: Sampling, **more) -> Tensor:
+def _continue(
+    model, tokenizer, ids_BL: Tensor, mask_BL: Tensor, sampling: Sampling, num_tokens: int | None, **more
+) -> Tensor:
     from transformers import GenerationConfig
 
     chosen = {"do_sample": False}
@@ -166,10 +184,17 @@ def _continue(model, tokenizer, ids_BL: Tensor, mask_BL: Tensor, sampling: Sampl
         eos_token_id=sorted(end_ids(model, tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        suppress_tokens=_beyond(model, num_tokens),
         **chosen,
     )
-    with _evaluating(model), _only(settings, model):
+    with evaluating(model), _only(settings, model):
         return model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings, **more)
+
+
+def _beyond(model: nn.Module, num_tokens: int | None) -> list[int] | None:
+    """Rows of the head for which the tokenizer has no id."""
+    rows = model.get_output_embeddings().out_features
+    return list(range(num_tokens, rows)) if num_tokens is not None and num_tokens < rows else None
 
 
 def _check_prompts(model: nn.Module, prompts: list[list[int]], sampling: Sampling) -> None:
@@ -205,7 +230,8 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -6,8 +6,9 @@ Shapes: B sequences, L padded positions, T supervised positions, D width, V rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from lit_llm.data.batch import TokenBatch
 from lit_llm.losses.fused_head import Head
-from lit_llm.models import generation, sources
+from lit_llm.models import generation, quantization, sources
 from lit_llm.models.adapters import Lora, with_adapters
 from lit_llm.models.generation import Sampling
+from lit_llm.models.quantization import Quantization
 from lit_llm.storage import complete_folder
 
 _TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
+_TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
 
 
 @dataclass
@@ -38,7 +41,12 @@ class ModelSpec:
         dtype: of the weights.
         attention: implementation of attention; None: transformers' choice for the architecture.
         lora: train adapters instead of the weights.
+        quantization: keep the body's frozen weights in 4 bits (`nf4`, as in QLoRA) or 8 (`int8`), by bitsandbytes; the
+            head is left as it is. For a frozen teacher, or for a student with `lora`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        trim_head: losses and generation leave out the rows of the head beyond the tokenizer's highest id, which pad many
+            published heads (152,064 rows for 151,665 ids), to different lengths for models of one tokenizer. The
+            weights keep their shape; the rows get no gradient.
     """
 
     source: str | None = None
@@ -48,7 +56,9 @@ class ModelSpec:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     lora: Lora | None = None
+    quantization: Quantization | None = None
     gradient_checkpointing: bool = False
+    trim_head: bool = True
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.config is None):
@@ -61,6 +71,11 @@ class ModelSpec:
         if self.config is not None and self.keep_layers is not None:
             raise ValueError(
                 "`keep_layers` cuts a `source`, but `config` is a random start. Set num_hidden_layers there."
+            )
+        if self.config is not None and self.quantization is not None:
+            raise ValueError(
+                f"`quantization` ({self.quantization}) is for the weights of a `source`, but `config` is a random start. "
+                f"Leave it out."
             )
         if self.keep_layers is not None and len(self.keep_layers) == 0:
             raise ValueError("`keep_layers` is empty. Name at least one layer, or leave it out.")
@@ -79,18 +94,34 @@ class ModelSpec:
         Raises:
             ValueError: it cannot be had, or does not fit the tokenizer.
         """
-        tokenizer, dtype = self.load_tokenizer(), getattr(torch, self.dtype)
-        if self.source is None:
-            model = sources.random_start(self.config, self.attention, dtype, tokenizer)
-        else:
-            model = sources.load_model(self.source, self.keep_layers, self.attention, dtype)
-            if self.tokenizer not in (None, self.source):
-                sources.use_special_tokens(model, tokenizer)
+        tokenizer = self.load_tokenizer()
+        model = self._transformer(tokenizer, self.quantization)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if self.quantization is not None and self.lora is not None:
+            model = quantization.prepared_for_adapters(model)
         if self.lora is not None:
             model = with_adapters(model, self.lora)
-        return LanguageModel(model, tokenizer).train()  # transformers hands models out in eval mode
+        plain = None if self.quantization is None else partial(self._plain, tokenizer)
+        # transformers hands models out in eval mode
+        return LanguageModel(model, tokenizer, self.trim_head, plain).train()
+
+    def _transformer(self, tokenizer, kind: Quantization | None) -> nn.Module:
+        dtype = getattr(torch, self.dtype)
+        if self.source is None:
+            return sources.random_start(self.config, self.attention, dtype, tokenizer)
+        settings = None if kind is None else quantization.quantization_config(kind, dtype)
+        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
+        if kind is not None:
+            quantization.settle(model, self.source)
+        if self.tokenizer not in (None, self.source):
+            sources.use_special_tokens(model, tokenizer)
+        return model
+
+    def _plain(self, tokenizer) -> nn.Module:
+        """What is trained as it would be without quantisation: another copy of the source, with adapters."""
+        model = self._transformer(tokenizer, None)
+        return model if self.lora is None else with_adapters(model, self.lora)
 
 
 class LanguageModel(nn.Module):
@@ -99,22 +130,30 @@ class LanguageModel(nn.Module):
     Args:
         model: a transformers causal language model, or a peft model around one.
         tokenizer: a fast tokenizer with eos and pad.
+        trim_head: leave out the head's rows beyond the tokenizer's ids.
+        plain: builds the same model without quantisation, for saving; None where it is not quantised.
 
     Raises:
         ValueError: the tokenizer has ids without a row in the head; or the architecture is outside the tested ones and
             `check_head` finds that it does not fit.
     """
 
-    def __init__(self, model: nn.Module, tokenizer) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer, trim_head: bool = True, plain: Callable[[], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
-        highest = max(tokenizer.get_vocab().values())
-        if highest >= self.vocab_size:
+        self._plain = plain
+        if plain is not None:
+            quantization.keep_base_out_of_checkpoints(self)
+        self.model, self.tokenizer, self.trim_head = model, tokenizer, trim_head
+        self.num_tokens = max(tokenizer.get_vocab().values()) + 1
+        if self.num_tokens > self.vocab_size:
             raise ValueError(
-                f"The tokenizer of {tokenizer.name_or_path!r} has ids up to {highest:,}, but the model's head has only "
+                f"The tokenizer of {tokenizer.name_or_path!r} has ids up to {self.num_tokens - 1:,}, but the model's head has only "
                 f"{self.vocab_size:,} rows. Take the tokenizer that belongs to the model, or resize the model first."
             )
-        if self.transformer.config.model_type not in _TESTED_FAMILIES:
+        self._packing_unknown = self.transformer.config.model_type not in _TESTED_FAMILIES
+        if self._packing_unknown:
             self.check_head()
 
     @property
@@ -128,16 +167,22 @@ class LanguageModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the head; may exceed the tokenizer's length."""
+        """Rows of the model's own head; may exceed the tokenizer's ids."""
         return self.transformer.get_output_embeddings().out_features
 
     @property
     def head(self) -> Head:
-        """The output head with its live weight."""
+        """The output head with its live weight, without the rows that `trim_head` leaves out."""
         layer, config = self.transformer.get_output_embeddings(), self.transformer.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
-        return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+        head = Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), scale)
+        return head.rows(self.num_tokens) if self.trim_head else head
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head is trained; under adapters it is not."""
+        return self.transformer.get_output_embeddings().weight.requires_grad
 
     @property
     def input_embedding(self) -> Tensor:
@@ -145,21 +190,35 @@ class LanguageModel(nn.Module):
         return self.transformer.get_input_embeddings().weight
 
     def hidden_grid(self, tokens: TokenBatch) -> Tensor:
-        """(B, L, D) last hidden states after the final norm.
+        """(B, L, D) last hidden states after the final norm, or (R, L, D) of packed rows.
 
         Sequences are padded on the right and attention is causal, so no real position sees padding and no mask is
         needed; what stands at padded positions has no meaning.
 
         Raises:
-            ValueError: more positions than the model's table of positions has (GPT-2; rotary positions have no end).
+            ValueError: more positions than the model's table of positions has (GPT-2; rotary positions have no end); or
+                packed rows for an architecture that `check_packing` finds to mix their sequences.
         """
-        length, limit = tokens.ids_BL.shape[1], generation.position_limit(self.transformer)
+        length, limit = tokens.longest or tokens.ids_BL.shape[1], generation.position_limit(self.transformer)
         if limit is not None and length > limit:
             raise ValueError(
                 f"A sequence of {length} tokens does not fit the {limit} positions of {type(self.transformer).__name__}. "
                 f"Set data.max_length to {limit} or less."
             )
-        return self.transformer.base_model(input_ids=tokens.ids_BL, use_cache=False).last_hidden_state
+        if tokens.position_ids_RL is None:
+            return self.transformer.base_model(input_ids=tokens.ids_BL, use_cache=False).last_hidden_state
+        if self._packing_unknown:
+            self.check_packing()
+        return self._packed_hidden(tokens.ids_BL, tokens.position_ids_RL)
+
+    def _packed_hidden(self, ids_RL: Tensor, position_ids_RL: Tensor) -> Tensor:
+        """(R, L, D); without a mask, transformers keeps attention within sequences, told by where positions restart."""
+        rows, length = ids_RL.shape
+        if self.transformer.config._attn_implementation.startswith("flash"):  # looks for restarts in a single row only
+            ids_RL, position_ids_RL = ids_RL.reshape(1, -1), position_ids_RL.reshape(1, -1)
+        body = self.transformer.base_model
+        hidden = body(input_ids=ids_RL, position_ids=position_ids_RL, use_cache=False).last_hidden_state
+        return hidden.view(rows, length, -1)
 
     def hidden(self, tokens: TokenBatch) -> Tensor:
         """(T, D) last hidden states of the supervised positions."""
@@ -172,24 +231,41 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: this architecture does something to its logits that we do not know, or is not causal.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         model, name = self.transformer, type(self.transformer).__name__
         ids_BL = torch.arange(1, 5, device=model.device)[None] % self.vocab_size
-        own_TV = model(input_ids=ids_BL, use_cache=False).logits[0].float()
-        hidden_TD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
-        shorter_TD = model.base_model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state[0]
-        for module, mode in modes:
-            module.training = mode
-        tested = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
+        with generation.evaluating(self):
+            own_TV = model(input_ids=ids_BL, use_cache=False).logits[0, :, : self.head.num_rows].float()
+            hidden_TD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[0]
+            shorter_TD = model.base_model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state[0]
         if not _close(self.head(hidden_TD).float(), own_TV):
             raise ValueError(
                 f"{name} changes its logits after the head in a way that lit_llm does not know (they differ by up to "
                 f"{(own_TV - self.head(hidden_TD).float()).abs().max().item():.3g}), so losses on hidden states would be "
-                f"wrong. {tested}"
+                f"wrong. {_TESTED}"
             )
         if not _close(hidden_TD[:-1].float(), shorter_TD.float()):
-            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. {tested}")
+            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. {_TESTED}")
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Compare the hidden states of two sequences in one row with those of each alone.
+
+        Raises:
+            ValueError: this architecture does not keep them apart.
+        """
+        ids_BL = torch.arange(1, 9, device=self.transformer.device)[None] % self.vocab_size
+        position_ids_BL = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=ids_BL.device)
+        body = self.transformer.base_model
+        with generation.evaluating(self):
+            alone = [body(input_ids=piece, use_cache=False).last_hidden_state for piece in ids_BL.split([3, 5], 1)]
+            packed = self._packed_hidden(ids_BL, position_ids_BL)
+        tolerance = 1e-2 if packed.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not _close(packed.float(), torch.cat(alone, 1).float(), tolerance):
+            raise ValueError(
+                f"{type(self.transformer).__name__} does not keep sequences of one row apart, so packed rows would mix "
+                f"them.\n  Set data.pack_to: null. {_TESTED}"
+            )
+        self._packing_unknown = False
 
     def generate(
         self,
@@ -222,29 +298,40 @@ class LanguageModel(nn.Module):
             ValueError: an empty prompt, or a setting outside its range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, no_repeat_ngram_size, seed)
-        return generation.generate(self.transformer, self.tokenizer, prompts, sampling, batch_size)
+        return generation.generate(
+            self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens=self.head.num_rows
+        )
 
     def stream(
         self, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
     ) -> Iterator[str]:
         """Pieces of text as they are generated for one prompt (settings as in `generate`)."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed=seed)
-        return generation.stream(self.transformer, self.tokenizer, prompt, sampling)
+        return generation.stream(self.transformer, self.tokenizer, prompt, sampling, num_tokens=self.head.num_rows)
 
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: config, safetensors, tokenizer; adapters merged into a copy.
+
+        Quantised weights are written as the numbers that they stand for, in the model's dtype.
 
         The folder appears when it is complete, after a reload through `AutoModelForCausalLM` gave the same weights.
 
         Raises:
             ValueError: the reloaded weights differ.
         """
-        merged = copy.deepcopy(self.model).merge_and_unload() if self.model is not self.transformer else self.model
-        generation.settle_defaults(merged, self.tokenizer)
+        merged = self._merged()
+        generation.settle_defaults(merged, self.tokenizer, self.head.num_rows)
         with complete_folder(Path(folder)) as scratch:
             merged.save_pretrained(scratch)
             self.tokenizer.save_pretrained(scratch)
             _check_saved(merged, scratch)
+
+    def _merged(self) -> nn.Module:
+        if self._plain is not None:
+            whole = quantization.dequantized(self.model, self._plain())
+        else:
+            whole = copy.deepcopy(self.model) if self.model is not self.transformer else self.model
+        return whole.merge_and_unload() if hasattr(whole, "peft_config") else whole
 
 
 class Frozen(nn.Module):
@@ -263,9 +350,9 @@ class Frozen(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _close(ours: Tensor, theirs: Tensor) -> bool:
+def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-2) -> bool:
     """Equal but for rounding, also in half precision; a scale or a cap that is missed changes more."""
-    return torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+    return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
 def _check_saved(model: nn.Module, folder: Path) -> None:

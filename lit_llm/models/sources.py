@@ -76,8 +76,10 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
-def load_model(source: str, keep_layers: list[int] | None, attention: str, dtype: torch.dtype) -> nn.Module:
-    """A causal language model, perhaps cut to some of its layers.
+def load_model(
+    source: str, keep_layers: list[int] | None, attention: str, dtype: torch.dtype, quantization=None
+) -> nn.Module:
+    """A causal language model, perhaps cut to some of its layers, perhaps quantised (by a `BitsAndBytesConfig`).
 
     Raises:
         ValueError: it cannot be had, lacks weights, or has no such layer.
@@ -97,6 +99,7 @@ def load_model(source: str, keep_layers: list[int] | None, attention: str, dtype
         dtype=dtype,
         attn_implementation=attention,
         output_loading_info=True,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(

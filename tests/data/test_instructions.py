@@ -209,3 +209,66 @@ def test_prompts_for_generation_carry_all_references(tmp_path):
     assert prompt.references == ["one", "two"] and prompt.teacher_ids is None
     assert byte_level_tokenizer().decode(prompt.student_ids) == "Say.\n"
     assert data.prompts("test") == []
+
+
+def test_packed_rows_hold_both_readings_of_their_examples_within_the_limit(tmp_path):
+    data = data_module(tmp_path, sentencepiece_tokenizer(), pack_to=128, batch_size=2)
+    batches, seen = list(data.train_dataloader()), []
+    for batch in batches:
+        seen += batch.examples
+        assert len(batch.student.ids_BL) == len(batch.teacher.ids_BL) <= 2
+        for side, name in ((batch.student, "student_ids"), (batch.teacher, "teacher_ids")):
+            assert side.ids_BL.shape[1] <= 128
+            texts = [data.sets["train"][example][name] for example in batch.examples]
+            assert side.length_B.tolist() == [len(text) for text in texts]
+            starts = (side.position_ids_RL == 0).flatten().nonzero().squeeze(1)
+            firsts = side.ids_BL.flatten()[starts][: len(texts)].tolist()
+            assert firsts[0] == texts[0][0]
+            assert side.target_T.tolist() == [
+                token
+                for text, example in zip(texts, batch.examples, strict=True)
+                for token in text[data.sets["train"][example][name.replace("_ids", "_prompt")] :]
+            ]
+        assert max(len(batch.student.length_B) / len(batch.student.ids_BL), 1) > 1
+    assert sorted(seen) == list(range(10)) and len(batches) == len(data.train_dataloader())
+
+
+def test_a_budget_of_tokens_bounds_both_padded_grids(tmp_path):
+    teacher = sentencepiece_tokenizer()
+    data = data_module(tmp_path, teacher, batch_size=None, batch_tokens=200)
+    batches = list(data.train_dataloader())
+    assert sorted(i for batch in batches for i in batch.examples) == list(range(10))
+    assert max(max(b.student.ids_BL.numel(), b.teacher.ids_BL.numel()) for b in batches) <= 200
+    assert {batch.step_pairs for batch in batches} == {len(batch.pair_student_A) for batch in batches}
+
+
+def test_an_example_beyond_the_budget_is_refused_with_both_values(tmp_path):
+    for name in ("batch_tokens", "pack_to"):
+        data = data_module(tmp_path, **{"batch_size": None, name: 20})
+        longest = max(data.sets["train"].longer_lengths)
+        with pytest.raises(ValueError, match=f"data.{name} is 20, but example .* has {longest} tokens"):
+            data.train_dataloader()
+
+
+def test_evaluation_is_never_packed(tmp_path):
+    data = data_module(tmp_path, pack_to=128)
+    assert all(batch.student.position_ids_RL is None for batch in data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_size": 4, "batch_tokens": 256}, r"data.batch_size \(4\) and data.batch_tokens \(256\)"),
+        ({"pack_to": 512, "batch_tokens": 256}, r"data.pack_to \(512\).*data.batch_tokens \(256\)"),
+        ({"batch_tokens": 0}, "data.batch_tokens is 0"),
+        ({"pack_to": -1}, "data.pack_to is -1"),
+    ],
+)
+def test_sizes_of_batches_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Instructions(**settings)
+
+
+def test_eight_examples_are_a_micro_batch_unless_something_else_is_said():
+    assert Instructions().batch_size == 8 and Instructions(pack_to=512).batch_size == 8
+    assert Instructions(batch_tokens=512).batch_size is None

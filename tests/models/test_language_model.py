@@ -85,15 +85,30 @@ def test_adapters_alone_train_and_are_merged_when_saved(folder, tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(folder):
-    batch = collate_tokens(SEQUENCES, [0, 0, 0], pad_id=0)
-    gradients = []
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("row_sizes", [None, [2, 1]], ids=["padded", "packed"])
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(folder, lora, row_sizes):
+    batch = collate_tokens(SEQUENCES, [0, 0, 0], pad_id=0, row_sizes=row_sizes)
+    gradients, forwards = [], []
     for checkpointing in (False, True):
-        model = loaded(folder, gradient_checkpointing=checkpointing).double()
-        model.hidden(batch).pow(2).sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        torch.manual_seed(0)
+        model = loaded(folder, gradient_checkpointing=checkpointing, lora=lora).double()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.normal_(std=0.1)
+        calls = []
+        layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+        first = next(iter(layers[0].children()))
+        first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.head(model.hidden(batch)).pow(2).sum().backward()
+        forwards.append(len(calls))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert forwards == [1, 2]
+    assert all(gradient is not None for gradient in gradients[1].values())
+    assert (lora is not None) == all("lora" in name for name in gradients[1])
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-8, atol=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +170,8 @@ def test_a_random_start_follows_the_seed_and_may_have_more_rows_than_tokens(llam
     weights = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        weights.append(ModelSpec(config=config, tokenizer=str(llama)).load().head.weight_VD)
+        model = ModelSpec(config=config, tokenizer=str(llama), trim_head=False).load()
+        weights.append(model.head.weight_VD)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert weights[0].shape == (400, 16)
 
