@@ -29,12 +29,13 @@ def tokenized(rows, rules=RULES, teacher=None, student=None):
     return tokenize_rows(table, rules, student or byte_level_tokenizer(), teacher, workers=0, name="rows")
 
 
-def data_module(tmp_path, teacher=None, world_size=1, **settings) -> Instructions:
+def data_module(tmp_path, teacher=None, world_size=1, alignments=("bytes", "released"), **settings) -> Instructions:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS)))
     options = {"template": "plain", "max_length": 64, "max_prompt_length": 32, "batch_size": 2}
     data = Instructions(**{"train": str(path), "validation": str(path), "test": None, **options, **settings})
-    method = SimpleNamespace(student_tokenizer=byte_level_tokenizer(), teacher_tokenizer=teacher)
+    tokenizers = {"student_tokenizer": byte_level_tokenizer(), "teacher_tokenizer": teacher}
+    method = SimpleNamespace(**tokenizers, alignments=alignments)
     data.trainer = SimpleNamespace(
         lightning_module=method,
         world_size=world_size,
