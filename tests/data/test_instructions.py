@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lit_llm.data.instructions import Instructions
+from lit_llm.data.minimum_edit import nearest_tokens
 from lit_llm.data.rows import load_rows
 from lit_llm.data.templates import render_prompt
 from lit_llm.data.tokenized import Encoding, tokenize_rows
+from lit_llm.data.vocabulary import token_spellings
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 
 ROWS = [{"prompt": f"Say number {i}.", "response": f"The number is {i}, naïve 世界."} for i in range(10)]
@@ -210,3 +212,37 @@ def test_prompts_for_generation_carry_all_references(tmp_path):
     assert prompt.references == ["one", "two"] and prompt.teacher_ids is None
     assert byte_level_tokenizer().decode(prompt.student_ids) == "Say.\n"
     assert data.prompts("test") == []
+
+
+@pytest.mark.parametrize("alignment", ["kth", "minimum_edit", "groups"])
+def test_pairs_are_made_as_the_method_asks(tmp_path, alignment):
+    teacher = sentencepiece_tokenizer()
+    batch = next(iter(data_module(tmp_path, teacher, alignments=(alignment,)).train_dataloader()))
+    ours, theirs = batch.student, batch.teacher
+    counts = [torch.bincount(side.sequence_T) for side in (ours, theirs)]
+    starts = [count.cumsum(0) - count for count in counts]
+    if alignment == "kth":
+        assert len(batch.pair_student_A) == torch.minimum(*counts).sum()
+        sequence_A = ours.sequence_T[batch.pair_student_A]
+        places = [
+            rows - start[sequence_A]
+            for rows, start in zip((batch.pair_student_A, batch.pair_teacher_A), starts, strict=True)
+        ]
+        assert torch.equal(*places)
+    if alignment == "minimum_edit":
+        assert batch.step_pairs == len(batch.pair_student_A) > 4
+        nearest_W = nearest_tokens(token_spellings(byte_level_tokenizer()), token_spellings(teacher))
+        inputs = [side.ids_BL.flatten()[side.position_T] for side in (ours, theirs)]
+        assert torch.equal(inputs[0][batch.pair_student_A], nearest_W[inputs[1][batch.pair_teacher_A]])
+    if alignment == "groups":
+        assert batch.step_pairs == batch.pieces_student_A.sum() == ours.num_supervised
+        assert batch.pieces_teacher_A.sum() == theirs.num_supervised
+        assert torch.equal(batch.pair_teacher_A[1:], batch.pair_teacher_A[:-1] + batch.pieces_teacher_A[:-1])
+    else:
+        assert batch.pieces_student_A is None
+    assert torch.equal(ours.sequence_T[batch.pair_student_A], theirs.sequence_T[batch.pair_teacher_A])
+
+
+def test_a_pairing_that_a_method_does_not_know_is_refused_with_both(tmp_path):
+    with pytest.raises(ValueError, match="data.alignment is 'bytes', but SimpleNamespace pairs tokens by 'kth'"):
+        data_module(tmp_path, sentencepiece_tokenizer(), alignments=("kth",), alignment="bytes")
