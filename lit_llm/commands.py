@@ -1,4 +1,4 @@
-"""The commands that need no training run: talk to a model, rebuild a report."""
+"""The commands that need no training run: talk to a model, answer a data set, rebuild a report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ def generate(options: list[str]) -> None:
     from jsonargparse import auto_cli
 
     auto_cli(talk, args=options, as_positional=False, prog="python -m lit_llm generate", description=talk.__doc__)
+
+
+def respond(options: list[str]) -> None:
+    """Parse the options of `respond` and run it."""
+    from jsonargparse import auto_cli
+
+    from lit_llm.responding import answer_data_set
+
+    auto_cli(
+        answer_data_set,
+        args=options,
+        as_positional=False,
+        prog="python -m lit_llm respond",
+        description=answer_data_set.__doc__,
+    )
 
 
 def report(options: list[str]) -> None:

@@ -11,7 +11,19 @@ import yaml
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
 
-METHODS = ("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma")
+CLASSES = {
+    "sft": "SFT",
+    "kd": "KD",
+    "dskd": "DSKD",
+    "uld": "ULD",
+    "mined": "MinED",
+    "shared": "SharedVocabularyKD",
+    "gold": "GOLD",
+}
+METHODS = (
+    *("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"),
+    *("uld", "uld_cross", "mined_cross", "shared_cross", "gold_cross", "gold_cross_hybrid"),
+)
 ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
 
 
@@ -65,9 +77,11 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         model["teacher"] = {"source": str(teacher)}
     if method in ("dskd_v1", "dskd_cross_cma"):
         model["projectors"] = {"version": "v1"}
+    if method.endswith("hybrid"):
+        model["hybrid"] = True
     config = {
         "seed_everything": 3,
-        "model": {"class_path": method.split("_")[0].upper(), "init_args": model},
+        "model": {"class_path": CLASSES[method.split("_")[0]], "init_args": model},
         "data": {
             "class_path": "Instructions",
             "init_args": {

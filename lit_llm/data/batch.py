@@ -71,6 +71,9 @@ class DistillationBatch(_Movable):
         step_pairs: the aligned pairs of the whole optimizer step.
         num_tokens: real (not padding) tokens of this batch on the student's side, prompts included.
         examples: indices of the examples in their dataset.
+        pieces_student_A: where pairs are groups of tokens, how many of the student's tokens make up each; the pair names
+            the first. None where every pair is one token.
+        pieces_teacher_A: likewise the teacher's.
     """
 
     student: TokenBatch
@@ -81,6 +84,8 @@ class DistillationBatch(_Movable):
     step_pairs: int
     num_tokens: int
     examples: tuple[int, ...]
+    pieces_student_A: Tensor | None = None
+    pieces_teacher_A: Tensor | None = None
 
 
 def collate_tokens(

@@ -7,17 +7,19 @@ keep its last ones: the cue to answer stands at the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, Optional
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_llm.data.batch import DistillationBatch, collate_pairs, collate_tokens
 from lit_llm.data.rows import load_rows
 from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
-from lit_llm.data.tokenized import Encoding, EvaluationPrompt, TokenizedSet, tokenize_rows
+from lit_llm.data.tokenized import Alignment, Encoding, EvaluationPrompt, TokenizedSet, tokenize_rows
 
 Split = Literal["train", "validation", "test"]
 
@@ -42,8 +44,9 @@ class Instructions(L.LightningDataModule):
         max_prompt_length: tokens of a prompt; longer ones lose their beginning.
         long_prompts: `keep_end`, or `drop` the example.
         long_answers: `cut` at max_length (such an answer gets no end-of-sequence token), or `drop` the example.
-        alignment: how tokens of two tokenizers are paired: `bytes` (exact byte spans) or `released`, the rule of the
-            authors' code (arXiv 2504.11426), for parity.
+        alignment: how tokens of two tokenizers are paired: `bytes` (exact byte spans); `released`, the rule of the code
+            of arXiv 2504.11426, for parity; `kth` with k-th; `minimum_edit` (MinED); `groups` that end at one byte.
+            None takes the method's; one that the method cannot use is refused.
         batch_size: examples per micro-batch and process (rows, with `pack_to`). None: 8, unless `batch_tokens` is set.
         batch_tokens: padded tokens per micro-batch and process instead: examples of similar length are put together
             until the longest times their number would pass it. With two tokenizers the longer reading counts.
@@ -74,7 +77,7 @@ class Instructions(L.LightningDataModule):
         max_prompt_length: int = 256,
         long_prompts: Literal["keep_end", "drop"] = "keep_end",
         long_answers: Literal["cut", "drop"] = "cut",
-        alignment: Literal["bytes", "released"] = "bytes",
+        alignment: Optional[Alignment] = None,
         batch_size: Optional[int] = None,
         batch_tokens: Optional[int] = None,
         pack_to: Optional[int] = None,
@@ -108,6 +111,7 @@ class Instructions(L.LightningDataModule):
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
         self.sources = {"train": train, "validation": validation, "test": test}
         self.columns, self.limit = columns or {}, limit
+        self.alignment = alignment
         self.encoding = Encoding(
             template=template,
             system=system,
@@ -117,7 +121,7 @@ class Instructions(L.LightningDataModule):
             max_prompt_length=max_prompt_length,
             long_prompts=long_prompts,
             long_answers=long_answers,
-            alignment=alignment,
+            alignment=alignment or "bytes",
         )
         self.batch_size = 8 if batch_size is None and batch_tokens is None else batch_size
         self.batch_tokens, self.pack_to, self.eval_batch_size = batch_tokens, pack_to, eval_batch_size
@@ -211,9 +215,18 @@ class Instructions(L.LightningDataModule):
         if self.limit is not None:
             rows = rows.select(range(min(self.limit, len(rows))))
         student, teacher = self._tokenizers()
-        return tokenize_rows(
-            rows, self.encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split]
-        )
+        encoding = replace(self.encoding, alignment=self._alignment(self.trainer.lightning_module))
+        return tokenize_rows(rows, encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split])
+
+    def _alignment(self, method) -> Alignment:
+        if self.alignment is None:
+            return method.alignments[0]
+        if self.alignment not in method.alignments:
+            raise ValueError(
+                f"data.alignment is {self.alignment!r}, but {type(method).__name__} pairs tokens by "
+                f"{' or '.join(map(repr, method.alignments))}.\n  Leave data.alignment out."
+            )
+        return self.alignment
 
     def _tokenizers(self):
         """The student's tokenizer and, where it differs, the teacher's, as the method names them."""
@@ -242,7 +255,7 @@ class InstructionBatches:
             self.student_pad,
             micro.row_sizes,
         )
-        teacher = pair_student_A = pair_teacher_A = None
+        teacher, pairs, pieces = None, (None, None), (None, None)
         if self.teacher_pad is not None:
             teacher = collate_tokens(
                 [row["teacher_ids"] for row in rows],
@@ -250,19 +263,27 @@ class InstructionBatches:
                 self.teacher_pad,
                 micro.row_sizes,
             )
-            pair_student_A, pair_teacher_A = collate_pairs(
+            pairs = collate_pairs(
                 student, teacher, [row["pair_student"] for row in rows], [row["pair_teacher"] for row in rows]
             )
+            if "pieces_student" in rows[0]:
+                pieces = tuple(_joined([row[name] for row in rows]) for name in ("pieces_student", "pieces_teacher"))
         return DistillationBatch(
             student=student,
             teacher=teacher,
-            pair_student_A=pair_student_A,
-            pair_teacher_A=pair_teacher_A,
+            pair_student_A=pairs[0],
+            pair_teacher_A=pairs[1],
             step_tokens=micro.step_tokens,
             step_pairs=micro.step_pairs,
             num_tokens=sum(len(row["student_ids"]) for row in rows),
             examples=micro.examples,
+            pieces_student_A=pieces[0],
+            pieces_teacher_A=pieces[1],
         )
+
+
+def _joined(counts: list[list[int]]) -> Tensor:
+    return torch.tensor([count for sequence in counts for count in sequence], dtype=torch.int64)
 
 
 def _stage_name(trainer: L.Trainer) -> str:

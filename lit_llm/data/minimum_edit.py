@@ -146,37 +146,50 @@ def _nearest(student: TokenSpellings, teacher: TokenSpellings) -> np.ndarray:
 
 
 class _SpellingIndex:
-    """The tokens of a vocabulary by length, as matrices of code points, so that one look-up is a few array operations."""
+    """The tokens of a vocabulary for look-ups by edit distance.
+
+    Two strings of m and n characters, c of them in common, are at least max(m, n) - c apart. Only tokens for which this
+    bound does not exceed the best distance are compared, those of one length in a few array operations.
+    """
 
     def __init__(self, vocabulary: TokenSpellings) -> None:
         self._exact: dict[str, int] = {}
-        by_length: dict[int, dict[str, int]] = {}
         for i, string in enumerate(vocabulary.strings):
             if string and i != vocabulary.eos_id:
-                spelling = with_one_marker(string)
-                self._exact.setdefault(spelling, i)
-                by_length.setdefault(len(spelling), {}).setdefault(spelling, i)
-        self._ids = {length: np.array(list(found.values())) for length, found in by_length.items()}
-        self._codes = {length: _codes(list(found), length) for length, found in by_length.items()}
+                self._exact.setdefault(with_one_marker(string), i)
+        self._ids = np.array(list(self._exact.values()))
+        self._lengths = np.array([len(spelling) for spelling in self._exact], dtype=np.int16)
+        self._codes = np.zeros((len(self._ids), int(self._lengths.max())), dtype=np.int32)
+        with_character: dict[tuple[str, int], list[int]] = {}
+        for row, spelling in enumerate(self._exact):
+            self._codes[row, : len(spelling)] = [ord(character) for character in spelling]
+            for occurrence in _occurrences(spelling):
+                with_character.setdefault(occurrence, []).append(row)
+        self._with_character = {occurrence: np.array(rows) for occurrence, rows in with_character.items()}
 
     def nearest(self, string: str) -> int:
         spelling = with_one_marker(string)
         if spelling in self._exact:
             return self._exact[spelling]
-        best = (len(spelling) + max(self._codes), -1)
-        pattern = [ord(character) for character in spelling]
-        for length in sorted(self._codes, key=lambda length: abs(length - len(spelling))):
-            if abs(length - len(spelling)) > best[0]:
-                break
-            distance = _edit_distances(pattern, self._codes[length])
-            closest = int(distance.min())
-            best = min(best, (closest, int(self._ids[length][distance == closest].min())))
+        common = np.zeros_like(self._lengths)
+        for occurrence in _occurrences(spelling):
+            common[self._with_character.get(occurrence, [])] += 1
+        bound = np.maximum(self._lengths, len(spelling)) - common
+        pattern, best, level = [ord(character) for character in spelling], (len(spelling) + len(self._codes[0]), -1), 0
+        while level <= best[0]:
+            rows = np.flatnonzero(bound == level)
+            for length in np.unique(self._lengths[rows]):
+                alike = rows[self._lengths[rows] == length]
+                distance = _edit_distances(pattern, self._codes[alike, :length].T)
+                closest = int(distance.min())
+                best = min(best, (closest, int(self._ids[alike][distance == closest].min())))
+            level += 1
         return best[1]
 
 
-def _codes(strings: list[str], length: int) -> np.ndarray:
-    """(length, tokens) code points: positions first, so that the running minimum goes over long rows."""
-    return np.array([[ord(c) for c in s] for s in strings], dtype=np.int32).reshape(len(strings), length).T.copy()
+def _occurrences(spelling: str) -> list[tuple[str, int]]:
+    """Its characters, numbered where they repeat."""
+    return [(character, spelling[:i].count(character)) for i, character in enumerate(spelling)]
 
 
 def _edit_distances(pattern: list[int], codes: np.ndarray) -> np.ndarray:

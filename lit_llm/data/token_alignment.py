@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,10 +23,13 @@ from lit_llm.data.vocabulary import (
 )
 
 __all__ = [
+    "Groups",
     "TokenSpellings",
     "align_answers",
+    "align_byte_groups",
     "align_byte_spans",
     "align_released",
+    "group_answers",
     "spellings_from_strings",
     "token_bytes",
     "token_spellings",
@@ -60,8 +63,36 @@ def align_answers(
     return align_byte_spans(
         [student.bytes[i] for i in student_ids],
         [teacher.bytes[i] for i in teacher_ids],
-        student_ended=len(student_ids) > 0 and student_ids[-1] == student.eos_id,
-        teacher_ended=len(teacher_ids) > 0 and teacher_ids[-1] == teacher.eos_id,
+        student_ended=_ends(student_ids, student),
+        teacher_ended=_ends(teacher_ids, teacher),
+    )
+
+
+class Groups(NamedTuple):
+    """Runs of tokens that cover the same bytes on both sides, in the order of the text.
+
+    Attributes:
+        student: the first token of each run among the student's.
+        teacher: likewise among the teacher's.
+        student_pieces: how many of the student's tokens make up each run.
+        teacher_pieces: likewise of the teacher's.
+    """
+
+    student: list[int]
+    teacher: list[int]
+    student_pieces: list[int]
+    teacher_pieces: list[int]
+
+
+def group_answers(
+    student_ids: Sequence[int], teacher_ids: Sequence[int], student: TokenSpellings, teacher: TokenSpellings
+) -> Groups:
+    """Group the supervised tokens of one example by `align_byte_groups`; arguments as in `align_answers`."""
+    return align_byte_groups(
+        [student.bytes[i] for i in student_ids],
+        [teacher.bytes[i] for i in teacher_ids],
+        student_ended=_ends(student_ids, student),
+        teacher_ended=_ends(teacher_ids, teacher),
     )
 
 
@@ -88,20 +119,43 @@ def align_byte_spans(
     Returns:
         Indices into the student's and into the teacher's tokens, both strictly increasing.
     """
-    student, student_known = _text_of(student_tokens, student_ended)
-    teacher, teacher_known = _text_of(teacher_tokens, teacher_ended)
-    student_text, teacher_text = b"".join(student), b"".join(teacher)
-    surplus = _leading_spaces(student_text) - _leading_spaces(teacher_text)
-    student_cut, teacher_cut = max(surplus, 0), max(-surplus, 0)
-    student_text, teacher_text = student_text[student_cut:], teacher_text[teacher_cut:]
-    common = _common_prefix(student_text, teacher_text)
-
-    teacher_index = {span: j for j, span in enumerate(_spans(teacher, teacher_cut)) if span[0] < span[1] <= common}
-    pairs = [(i, teacher_index[span]) for i, span in enumerate(_spans(student, student_cut)) if span in teacher_index]
-    known = student_known and teacher_known
-    if student_ended and teacher_ended and known and student_text == teacher_text:
+    text = _common_text(student_tokens, teacher_tokens, student_ended, teacher_ended)
+    teacher_index = {span: j for j, span in enumerate(_spans(text.teacher_ends)) if span[0] < span[1] <= text.common}
+    pairs = [(i, teacher_index[span]) for i, span in enumerate(_spans(text.student_ends)) if span in teacher_index]
+    if text.both_end:
         pairs.append((len(student_tokens) - 1, len(teacher_tokens) - 1))
     return [i for i, _ in pairs], [j for _, j in pairs]
+
+
+def align_byte_groups(
+    student_tokens: Sequence[bytes | None],
+    teacher_tokens: Sequence[bytes | None],
+    *,
+    student_ended: bool,
+    teacher_ended: bool,
+) -> Groups:
+    """Cut both sequences wherever a token of each ends at the same byte, as TRL's GOLD does.
+
+    Surplus spaces, special tokens, different texts and the two ends are treated as in `align_byte_spans`, whose pairs
+    are the runs of one token on each side. Tokens behind the last common boundary belong to no run. Linear in the number of
+    tokens and bytes; arguments as in `align_byte_spans`.
+    """
+    text = _common_text(student_tokens, teacher_tokens, student_ended, teacher_ended)
+    groups = Groups([], [], [], [])
+    i = j = first_i = first_j = boundary = 0
+    while i < len(text.student_ends) and j < len(text.teacher_ends):
+        student_end, teacher_end = text.student_ends[i], text.teacher_ends[j]
+        if min(student_end, teacher_end) > text.common:
+            break
+        i += student_end <= teacher_end
+        j += teacher_end <= student_end
+        # a token without bytes of its own, such as a dummy space, begins the next run
+        if student_end == teacher_end > boundary:
+            _add(groups, first_i, first_j, i - first_i, j - first_j)
+            first_i, first_j, boundary = i, j, student_end
+    if text.both_end:
+        _add(groups, len(student_tokens) - 1, len(teacher_tokens) - 1, 1, 1)
+    return groups
 
 
 def align_released(
@@ -179,7 +233,42 @@ def _common_prefix(a: bytes, b: bytes) -> int:
     return int(np.argmax(np.frombuffer(a, np.uint8, length) != np.frombuffer(b, np.uint8, length)))
 
 
-def _spans(tokens: list[bytes], cut: int) -> zip[tuple[int, int]]:
-    """Half-open byte spans after `cut` bytes at the start were removed."""
-    ends = [max(end - cut, 0) for end in accumulate(map(len, tokens))]
+class _CommonText(NamedTuple):
+    """Where the tokens of both sides end, in bytes after the surplus spaces; the length of the common prefix; and
+    whether both sequences end after one and the same text.
+    """
+
+    student_ends: list[int]
+    teacher_ends: list[int]
+    common: int
+    both_end: bool
+
+
+def _common_text(student_tokens, teacher_tokens, student_ended: bool, teacher_ended: bool) -> _CommonText:
+    student, student_known = _text_of(student_tokens, student_ended)
+    teacher, teacher_known = _text_of(teacher_tokens, teacher_ended)
+    student_text, teacher_text = b"".join(student), b"".join(teacher)
+    surplus = _leading_spaces(student_text) - _leading_spaces(teacher_text)
+    student_cut, teacher_cut = max(surplus, 0), max(-surplus, 0)
+    student_text, teacher_text = student_text[student_cut:], teacher_text[teacher_cut:]
+    ended, known = student_ended and teacher_ended, student_known and teacher_known
+    return _CommonText(
+        student_ends=[max(end - student_cut, 0) for end in accumulate(map(len, student))],
+        teacher_ends=[max(end - teacher_cut, 0) for end in accumulate(map(len, teacher))],
+        common=_common_prefix(student_text, teacher_text),
+        both_end=ended and known and student_text == teacher_text,
+    )
+
+
+def _spans(ends: list[int]) -> zip[tuple[int, int]]:
+    """Half-open byte spans of tokens that end at `ends`."""
     return zip([0, *ends], ends)
+
+
+def _add(groups: Groups, *values: int) -> None:
+    for column, value in zip(groups, values, strict=True):
+        column.append(value)
+
+
+def _ends(ids: Sequence[int], spellings: TokenSpellings) -> bool:
+    return len(ids) > 0 and ids[-1] == spellings.eos_id

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal, Optional
 
+from lit_llm.data.minimum_edit import align_minimum_edit, nearest_tokens
 from lit_llm.data.templates import render_prompt
-from lit_llm.data.token_alignment import align_answers, token_spellings
+from lit_llm.data.token_alignment import align_answers, group_answers, token_spellings
 from lit_llm.storage import cache_folder
 
-_FORMAT = 2  # raise it when the meaning of a cached column changes
+_FORMAT = 3  # raise it when the meaning of a cached column changes
 _ROWS_PER_WORKER = 4000
+Alignment = Literal["bytes", "released", "kth", "minimum_edit", "groups"]
+_PAIRS, _PIECES = ("pair_student", "pair_teacher"), ("pieces_student", "pieces_teacher")
 _DROPPED = ("empty answer", "empty prompt", "prompt too long", "answer too long", "nothing to supervise")
 
 
@@ -30,7 +33,7 @@ class Encoding:
     max_prompt_length: int
     long_prompts: Literal["keep_end", "drop"]
     long_answers: Literal["cut", "drop"]
-    alignment: Literal["bytes", "released"]
+    alignment: Alignment
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Summary:
         examples: rows kept.
         tokens: student tokens kept.
         supervised: student tokens that a loss looks at.
-        pairs: of those, the ones aligned with a teacher token; None with one tokenizer.
+        pairs: of those, the ones aligned with the teacher's tokens; None with one tokenizer.
         prompts_cut: prompts that lost their beginning.
         answers_cut: answers that lost their end.
         dropped: reason -> rows.
@@ -148,6 +151,7 @@ def tokenize_rows(rows, encoding: Encoding, student, teacher, *, workers: int, n
             "  Set data.supervise: answers, or take a teacher with the student's tokenizer."
         )
     encoder = RowEncoder(encoding, student, teacher)
+    encoder.prepare()
     folder = cache_folder() / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(rows, encoding, student, teacher)
@@ -183,12 +187,29 @@ def tokenize_rows(rows, encoding: Encoding, student, teacher, *, workers: int, n
     return TokenizedSet(kept, summary, distinct_teacher=teacher is not None)
 
 
+def encode_prompt(tokenizer, rules: Encoding, prompt: str, context: str) -> tuple[str, list[int], bool]:
+    """The text of a prompt, its tokens (the beginning-of-sequence token included), and whether it lost its beginning."""
+    text = render_prompt(tokenizer, rules.template, prompt, context, rules.system)
+    prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin = _begin_ids(tokenizer) if rules.begin == "auto" else []
+    if prompt_ids[: len(begin)] == begin:
+        prompt_ids = prompt_ids[len(begin) :]
+    room = rules.max_prompt_length - len(begin)
+    cut = len(prompt_ids) > room
+    return text, begin + prompt_ids[max(len(prompt_ids) - room, 0) :], cut
+
+
 class RowEncoder:
     """Turns one row into tokens, on both sides where tokenizers differ; picklable, so that workers can run it."""
 
     def __init__(self, encoding: Encoding, student, teacher) -> None:
         self.encoding, self.student, self.teacher = encoding, student, teacher
-        self._spellings = None
+        self._spellings = self._nearest = None
+
+    def prepare(self) -> None:
+        """Leave in the cache what takes long, so that workers find it there."""
+        if self.teacher is not None and self.encoding.alignment == "minimum_edit":
+            nearest_tokens(token_spellings(self.student), token_spellings(self.teacher))
 
     def __call__(self, row: dict) -> dict:
         response = row["response"]
@@ -197,7 +218,7 @@ class RowEncoder:
         prompt, context = row["prompt"] or "", row.get("context") or ""
         student = self._side(self.student, prompt, context, answer)
         teacher = self._side(self.teacher, prompt, context, answer) if self.teacher is not None else _EMPTY_SIDE
-        pair_student, pair_teacher = self._pairs(student, teacher)
+        pairs = self._pairs(student, teacher)
         supervised = len(student.ids) - max(student.prompt, 1)
         return {
             "status": self._status(prompt, answer, student, teacher, supervised),
@@ -209,26 +230,18 @@ class RowEncoder:
             "teacher_ids": teacher.ids,
             "teacher_prompt": teacher.prompt,
             "teacher_prompt_ids": teacher.prompt_ids,
-            "pair_student": pair_student,
-            "pair_teacher": pair_teacher,
+            **pairs,
             "num_tokens": len(student.ids),
             "num_teacher_tokens": len(teacher.ids),
             "num_supervised": max(supervised, 0),
-            "num_pairs": len(pair_student) if self.teacher is not None else max(supervised, 0),
+            "num_pairs": _num_paired(pairs) if self.teacher is not None else max(supervised, 0),
             "prompt_cut": student.prompt_cut or teacher.prompt_cut,
             "answer_cut": student.answer_cut or teacher.answer_cut,
         }
 
     def _side(self, tokenizer, prompt: str, context: str, answer: str) -> _Side:
         rules = self.encoding
-        text = render_prompt(tokenizer, rules.template, prompt, context, rules.system)
-        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        begin = _begin_ids(tokenizer) if rules.begin == "auto" else []
-        if prompt_ids[: len(begin)] == begin:
-            prompt_ids = prompt_ids[len(begin) :]
-        room = rules.max_prompt_length - len(begin)
-        prompt_cut = len(prompt_ids) > room
-        prompt_ids = begin + prompt_ids[max(len(prompt_ids) - room, 0) :]
+        text, prompt_ids, prompt_cut = encode_prompt(tokenizer, rules, prompt, context)
         answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         ids = (prompt_ids + answer_ids)[: rules.max_length]
         return _Side(
@@ -251,17 +264,29 @@ class RowEncoder:
             return "answer too long"
         return "kept" if supervised > 0 else "nothing to supervise"
 
-    def _pairs(self, student: _Side, teacher: _Side) -> tuple[list[int], list[int]]:
+    def _pairs(self, student: _Side, teacher: _Side) -> dict[str, list[int]]:
+        """Columns of the paired tokens, as indices among each side's supervised ones."""
         if self.teacher is None:
-            return [], []
+            return {"pair_student": [], "pair_teacher": []}
+        ours, theirs, rule = student.answer, teacher.answer, self.encoding.alignment
+        if rule == "kth":
+            places = list(range(min(len(ours), len(theirs))))
+            return {"pair_student": places, "pair_teacher": places}
         if self._spellings is None:
             self._spellings = token_spellings(self.student), token_spellings(self.teacher)
-        return align_answers(
-            student.ids[student.prompt :], teacher.ids[teacher.prompt :], *self._spellings, rule=self.encoding.alignment
-        )
+        if rule == "groups":
+            groups = group_answers(ours, theirs, *self._spellings)
+            return dict(zip((*_PAIRS, *_PIECES), groups, strict=True))
+        if rule == "minimum_edit":
+            if self._nearest is None:
+                self._nearest = nearest_tokens(*self._spellings).tolist()
+            found = align_minimum_edit(student.inputs, teacher.inputs, *self._spellings, self._nearest)
+        else:
+            found = align_answers(ours, theirs, *self._spellings, rule=rule)
+        return dict(zip(_PAIRS, found, strict=True))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_spellings": None}
+        return {**self.__dict__, "_spellings": None, "_nearest": None}
 
 
 @dataclass(frozen=True)
@@ -275,8 +300,23 @@ class _Side:
     prompt_cut: bool
     answer_cut: bool
 
+    @property
+    def answer(self) -> list[int]:
+        """The tokens that are predicted."""
+        return self.ids[self.prompt :]
+
+    @property
+    def inputs(self) -> list[int]:
+        """The token before each of them."""
+        return self.ids[self.prompt - 1 : -1]
+
 
 _EMPTY_SIDE = _Side([], 0, [], "", False, False)
+
+
+def _num_paired(pairs: dict[str, list[int]]) -> int:
+    """Of the student's tokens, those in a pair or a group."""
+    return sum(pairs["pieces_student"]) if "pieces_student" in pairs else len(pairs["pair_student"])
 
 
 def _begin_ids(tokenizer) -> list[int]:

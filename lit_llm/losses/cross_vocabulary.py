@@ -44,7 +44,7 @@ def uld(
         student_TD: the student's hidden states of its supervised rows.
         student_head: trained, or detached.
         target_T: token ids of the data.
-        pair_student_A: the student's row of each pair, each row at most once; see `kth_with_kth`.
+        pair_student_A: the student's row of each pair, each row at most once.
         teacher_AE: the teacher's hidden states of each pair; no gradient flows into them.
         teacher_head: frozen.
         ce_weight: of the cross-entropy sum.
@@ -183,23 +183,6 @@ def first_source(teacher_to_student_W: Tensor, num_student: int) -> Tensor:
     return source_V.masked_fill(source_V == len(ids_W), -1)
 
 
-def kth_with_kth(student_sequence_T: Tensor, teacher_sequence_U: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs the k-th supervised row of a sequence with the teacher's k-th, up to the shorter answer.
-
-    Args:
-        student_sequence_T: the sequence of each supervised row, ascending.
-        teacher_sequence_U: likewise.
-
-    Returns:
-        (A,) rows of the student, (A,) rows of the teacher.
-    """
-    num = 1 + int(max(sequence.max() if len(sequence) else -1 for sequence in (student_sequence_T, teacher_sequence_U)))
-    ours_B, theirs_B = (torch.bincount(s, minlength=num) for s in (student_sequence_T, teacher_sequence_U))
-    place_T = torch.arange(len(student_sequence_T), device=ours_B.device) - _starts(ours_B)[student_sequence_T]
-    rows_A = (place_T < theirs_B[student_sequence_T]).nonzero().squeeze(1)
-    return rows_A, _starts(theirs_B)[student_sequence_T[rows_A]] + place_T[rows_A]
-
-
 def _with_pairs(
     compare: Callable[[Tensor, Tensor, Tensor], Tensor],
     student_TD: Tensor,
@@ -238,7 +221,3 @@ def _with_pairs(
         chunk, rows, (student_head,), 3, chunk_size, extra_logits=2 * fixed.num_rows
     )
     return HeadTerms(loss, len(target_T), ce, correct, kd)
-
-
-def _starts(length_B: Tensor) -> Tensor:
-    return length_B.cumsum(0) - length_B

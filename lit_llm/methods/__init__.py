@@ -1,7 +1,11 @@
 """Training methods. Importing this package is what makes their short names known to the command line."""
 
 from lit_llm.methods.dskd import DSKD
+from lit_llm.methods.gold import GOLD
 from lit_llm.methods.kd import KD
+from lit_llm.methods.mined import MinED
 from lit_llm.methods.sft import SFT
+from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
+from lit_llm.methods.uld import ULD
 
-__all__ = ["DSKD", "KD", "SFT"]
+__all__ = ["DSKD", "GOLD", "KD", "SFT", "ULD", "MinED", "SharedVocabularyKD"]

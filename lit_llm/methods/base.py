@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.tokenized import Alignment
 from lit_llm.evaluation.rouge import RougeL
 from lit_llm.evaluation.samples import Sample
 from lit_llm.losses.fused_head import cross_entropy
@@ -99,7 +100,13 @@ class Method(L.LightningModule):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
+
+    Attributes:
+        alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
+            the first one is used where the data does not choose.
     """
+
+    alignments: tuple[Alignment, ...] = ("bytes", "released")
 
     def __init__(
         self,

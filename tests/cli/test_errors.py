@@ -174,3 +174,23 @@ def test_exporting_over_a_folder_is_refused(tmp_path, capfd):
 def test_supervising_prompts_of_two_tokenizers_is_refused(tmp_path, capfd):
     text = fit_message(capfd, tiny_config(tmp_path, "dskd_cross"), "--data.init_args.supervise=all")
     assert "data.supervise" in text
+
+
+def test_methods_for_two_tokenizers_name_another_one_for_a_single_tokenizer(tmp_path, capfd):
+    one = tmp_path / "student"
+    for method, instead in (("mined_cross", "KD"), ("shared_cross", "KD"), ("gold_cross", "ULD")):
+        text = fit_message(capfd, tiny_config(tmp_path, method), f"--model.init_args.teacher.source={one}")
+        assert "share one of" in text and f"Use {instead} (configs/" in text
+
+
+@pytest.mark.parametrize(("method", "needed"), [("mined_cross", "'minimum_edit'"), ("uld", "'kth'")])
+def test_a_pairing_that_the_method_cannot_use_is_refused_naming_both(tmp_path, capfd, method, needed):
+    text = fit_message(capfd, tiny_config(tmp_path, method), "--data.init_args.alignment=bytes")
+    assert "data.alignment is 'bytes'" in text and needed in text
+
+
+def test_settings_of_the_hybrid_are_refused_without_it(tmp_path, capfd):
+    config = tiny_config(tmp_path, "gold_cross")
+    assert "model.hybrid is false" in fit_message(capfd, config, "--model.init_args.beta=0.3")
+    text = fit_message(capfd, config, "--model.init_args.hybrid=true", "--model.init_args.matched_weight=0.3")
+    assert "matched_weight is 0.3" in text and "unmatched_weight is None" in text

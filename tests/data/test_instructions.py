@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from lit_llm.data.instructions import Instructions
+from lit_llm.data.minimum_edit import nearest_tokens
 from lit_llm.data.rows import load_rows
 from lit_llm.data.templates import render_prompt
 from lit_llm.data.tokenized import Encoding, tokenize_rows
+from lit_llm.data.vocabulary import token_spellings
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 
 ROWS = [{"prompt": f"Say number {i}.", "response": f"The number is {i}, naïve 世界."} for i in range(10)]
@@ -29,12 +31,13 @@ def tokenized(rows, rules=RULES, teacher=None, student=None):
     return tokenize_rows(table, rules, student or byte_level_tokenizer(), teacher, workers=0, name="rows")
 
 
-def data_module(tmp_path, teacher=None, world_size=1, **settings) -> Instructions:
+def data_module(tmp_path, teacher=None, world_size=1, alignments=("bytes", "released"), **settings) -> Instructions:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, ROWS)))
     options = {"template": "plain", "max_length": 64, "max_prompt_length": 32, "batch_size": 2}
     data = Instructions(**{"train": str(path), "validation": str(path), "test": None, **options, **settings})
-    method = SimpleNamespace(student_tokenizer=byte_level_tokenizer(), teacher_tokenizer=teacher)
+    tokenizers = {"student_tokenizer": byte_level_tokenizer(), "teacher_tokenizer": teacher}
+    method = SimpleNamespace(**tokenizers, alignments=alignments)
     data.trainer = SimpleNamespace(
         lightning_module=method,
         world_size=world_size,
@@ -272,3 +275,37 @@ def test_sizes_of_batches_that_contradict_each_other_are_refused(settings, words
 def test_eight_examples_are_a_micro_batch_unless_something_else_is_said():
     assert Instructions().batch_size == 8 and Instructions(pack_to=512).batch_size == 8
     assert Instructions(batch_tokens=512).batch_size is None
+
+
+@pytest.mark.parametrize("alignment", ["kth", "minimum_edit", "groups"])
+def test_pairs_are_made_as_the_method_asks(tmp_path, alignment):
+    teacher = sentencepiece_tokenizer()
+    batch = next(iter(data_module(tmp_path, teacher, alignments=(alignment,)).train_dataloader()))
+    ours, theirs = batch.student, batch.teacher
+    counts = [torch.bincount(side.sequence_T) for side in (ours, theirs)]
+    starts = [count.cumsum(0) - count for count in counts]
+    if alignment == "kth":
+        assert len(batch.pair_student_A) == torch.minimum(*counts).sum()
+        sequence_A = ours.sequence_T[batch.pair_student_A]
+        places = [
+            rows - start[sequence_A]
+            for rows, start in zip((batch.pair_student_A, batch.pair_teacher_A), starts, strict=True)
+        ]
+        assert torch.equal(*places)
+    if alignment == "minimum_edit":
+        assert batch.step_pairs == len(batch.pair_student_A) > 4
+        nearest_W = nearest_tokens(token_spellings(byte_level_tokenizer()), token_spellings(teacher))
+        inputs = [side.ids_BL.flatten()[side.position_T] for side in (ours, theirs)]
+        assert torch.equal(inputs[0][batch.pair_student_A], nearest_W[inputs[1][batch.pair_teacher_A]])
+    if alignment == "groups":
+        assert batch.step_pairs == batch.pieces_student_A.sum() == ours.num_supervised
+        assert batch.pieces_teacher_A.sum() == theirs.num_supervised
+        assert torch.equal(batch.pair_teacher_A[1:], batch.pair_teacher_A[:-1] + batch.pieces_teacher_A[:-1])
+    else:
+        assert batch.pieces_student_A is None
+    assert torch.equal(ours.sequence_T[batch.pair_student_A], theirs.sequence_T[batch.pair_teacher_A])
+
+
+def test_a_pairing_that_a_method_does_not_know_is_refused_with_both(tmp_path):
+    with pytest.raises(ValueError, match="data.alignment is 'bytes', but SimpleNamespace pairs tokens by 'kth'"):
+        data_module(tmp_path, sentencepiece_tokenizer(), alignments=("kth",), alignment="bytes")

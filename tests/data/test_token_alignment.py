@@ -10,7 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lit_llm.data.token_alignment import align_answers, align_byte_spans, align_released
+from lit_llm.data.token_alignment import (
+    align_answers,
+    align_byte_groups,
+    align_byte_spans,
+    align_released,
+    group_answers,
+)
 from lit_llm.data.vocabulary import TokenSpellings, token_spellings
 from tests import tiny
 
@@ -133,6 +139,62 @@ def test_the_bytes_of_sentencepiece_tokens_make_up_the_text_after_one_space(text
     spellings = SPELLINGS["sentencepiece"]
     expected = (" " + text if text else "").replace("▁", " ").encode()
     assert b"".join(spellings.bytes[i] for i in tokens_of("sentencepiece", text)[:-1]) == expected
+
+
+def groups_by_definition(student: list[bytes], teacher: list[bytes]) -> list[tuple[int, int, int, int]]:
+    """Cut at every byte of the common prefix where tokens of both sides end; a run holds what ends in between."""
+    texts = [b"".join(student), b"".join(teacher)]
+    spaces = [len(text) - len(text.lstrip(b" ")) for text in texts]
+    cuts = [own - min(spaces) for own in spaces]
+    texts = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    ends = [[b for _, b in spans_by_definition(side, cut)] for side, cut in zip((student, teacher), cuts, strict=True)]
+    groups, start, counted = [], 0, [0, 0]
+    for boundary in sorted(set(ends[0]) & set(ends[1]) - {0}):
+        if texts[0][:boundary] != texts[1][:boundary]:
+            break
+        pieces = [sum(start < end <= boundary or (start == end == 0) for end in side) for side in ends]
+        groups.append((*counted, *pieces))
+        counted, start = [a + b for a, b in zip(counted, pieces, strict=True)], boundary
+    return groups + ([(len(student), len(teacher), 1, 1)] if texts[0] == texts[1] else [])
+
+
+def groups_of(student: str, teacher: str, student_text: str, teacher_text: str) -> list[tuple[int, ...]]:
+    ids = tokens_of(student, student_text), tokens_of(teacher, teacher_text)
+    return list(zip(*group_answers(*ids, SPELLINGS[student], SPELLINGS[teacher]), strict=True))
+
+
+@given(texts, texts, kinds, kinds)
+@example("Café\n\n  déjà  vu", "", "byte_level", "sentencepiece")
+@example(" ", "", "byte_level", "sentencepiece")
+def test_the_groups_are_those_of_the_definition(one, other, student, teacher):
+    sides = [
+        [SPELLINGS[kind].bytes[i] for i in tokens_of(kind, text)[:-1]]
+        for kind, text in ((student, one), (teacher, one + other))
+    ]
+    assert groups_of(student, teacher, one, one + other) == groups_by_definition(*sides)
+
+
+@given(texts, kinds, kinds)
+def test_groups_follow_each_other_and_contain_every_pair(text, student, teacher):
+    groups = groups_of(student, teacher, text, text)
+    for (i, j, n, m), (k, p, _, _) in pairwise(groups):
+        assert (i + n, j + m) == (k, p)
+    single = {(i, j) for i, j, n, m in groups if n == m == 1}
+    assert single <= set(aligned(student, teacher, text))
+    assert len(set(aligned(student, teacher, text)) - single) <= 1, "only behind a dummy space"
+    if "▁" not in text:  # which SentencePiece reads as a space
+        assert groups[-1][:2] == (len(tokens_of(student, text)) - 1, len(tokens_of(teacher, text)) - 1)
+
+
+def test_a_word_that_both_cut_differently_is_one_group():
+    student, teacher = [b"un", b"believ", b"able", b" it", None], [b" unb", b"elievable", b" i", b"t", None]
+    groups = align_byte_groups(student, teacher, student_ended=True, teacher_ended=True)
+    assert groups == ([0, 3, 4], [0, 2, 4], [3, 1, 1], [2, 2, 1])
+
+
+def test_what_follows_the_last_common_boundary_is_in_no_group():
+    groups = align_byte_groups([b"ab", b"c"], [b"a", b"b", b"cd"], student_ended=False, teacher_ended=False)
+    assert groups == ([0], [0], [1], [2])
 
 
 pieces = st.lists(st.sampled_from(["a", "b", "ab", "aab", "▁a", "Ġa", "▁", "Ġb", "Ċ", "ĠĠ", "ba"]), max_size=12)

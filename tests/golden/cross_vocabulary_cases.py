@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.data.minimum_edit import align_minimum_edit
-from lit_llm.losses.cross_vocabulary import first_source, kth_with_kth, mined, mined_target, shared_vocabulary, uld
+from lit_llm.losses.cross_vocabulary import first_source, mined, mined_target, shared_vocabulary, uld
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import Head, HeadTerms
 from tests.golden.alignment_cases import newer_pairs, released_overlap, stored_vocabularies
@@ -19,7 +19,7 @@ _CHUNK = 5
 def check_uld(case: Case) -> None:
     hidden, head = case.leaf("student_hidden"), case.leaf("student_head")
     labelled_s, labelled_t = (case[f"{side}_labels"] != -100 for side in ("student", "teacher"))
-    student_A, teacher_A = kth_with_kth(labelled_s.nonzero()[:, 0], labelled_t.nonzero()[:, 0])
+    student_A, teacher_A = _kth_with_kth(labelled_s, labelled_t)
     denominator, rate = case.hparams["loss_denom"], case.hparams["kd_rate"]
     terms = uld(
         hidden[labelled_s],
@@ -109,6 +109,16 @@ def _check(case: Case, terms: HeadTerms, denominator: float, kd_name: str, hidde
         case.check_scalar("accuracy", terms.correct / denominator)
     case.check("grad.student_hidden", hidden.grad)
     case.check("grad.student_head", head.grad)
+
+
+def _kth_with_kth(*labelled: Tensor) -> tuple[Tensor, ...]:
+    """(A,) rows among the labelled ones of each side: the k-th of a sample with the k-th."""
+    sides = [(mask.flatten().cumsum(0).view_as(mask) - 1) for mask in labelled]
+    rows = [
+        [side[sample][mask[sample]] for sample in range(len(mask))] for side, mask in zip(sides, labelled, strict=True)
+    ]
+    lengths = [min(map(len, samples)) for samples in zip(*rows, strict=True)]
+    return tuple(torch.cat([rows_i[:n] for rows_i, n in zip(side, lengths, strict=True)]) for side in rows)
 
 
 def _warped_pairs(case: Case, nearest_W: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 
 from lit_llm.losses.cross_vocabulary import (
     first_source,
-    kth_with_kth,
     mined,
     mined_target,
     shared_vocabulary,
@@ -105,21 +104,6 @@ def test_the_first_teacher_token_that_maps_to_a_student_token_gives_its_logit():
 def test_sorted_distance_pads_the_shorter_vocabulary_with_zeros():
     q_TV, p_TW = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.1, 0.4]])
     torch.testing.assert_close(sorted_distance(q_TV, p_TW), torch.tensor([0.3 + 0.2 + 0.1]))
-
-
-def test_the_kth_token_of_an_answer_meets_the_teachers_kth():
-    student_A, teacher_A = kth_with_kth(torch.tensor([0, 0, 0, 1, 3, 3]), torch.tensor([0, 0, 1, 1, 2, 3, 3, 3]))
-    assert student_A.tolist() == [0, 1, 3, 4, 5]
-    assert teacher_A.tolist() == [0, 1, 2, 5, 6]
-
-
-@pytest.mark.parametrize("empty", ["student", "teacher", "both"])
-def test_an_answer_without_tokens_has_no_pairs(empty):
-    sequences = {
-        side: torch.zeros(0 if empty in (side, "both") else 3, dtype=torch.int64) for side in ("student", "teacher")
-    }
-    student_A, teacher_A = kth_with_kth(*sequences.values())
-    assert student_A.tolist() == teacher_A.tolist() == []
 
 
 def test_no_pairs_leave_the_cross_entropy(models):

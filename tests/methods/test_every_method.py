@@ -85,7 +85,9 @@ def test_splitting_a_batch_into_accumulation_steps_does_not_change_the_weights(t
         assert largest_gap(trained(batch_size, accumulate), whole) < 1e-6
 
 
-@pytest.mark.parametrize("method", ["kd", "dskd", "dskd_cross"])
+@pytest.mark.parametrize(
+    "method", ["kd", "dskd", "dskd_cross", "uld_cross", "mined_cross", "shared_cross", "gold_cross_hybrid"]
+)
 def test_twenty_steps_bring_the_student_closer_to_the_data(tmp_path, method):
     config = tiny_config(tmp_path, method, max_steps=24, val_check_interval=24)
     untrained = fit(config, "--trainer.max_steps=1", "--trainer.val_check_interval=1", "--run.version=start")
@@ -93,7 +95,7 @@ def test_twenty_steps_bring_the_student_closer_to_the_data(tmp_path, method):
     assert trained.trainer.callback_metrics["val/loss"] < untrained.trainer.callback_metrics["val/loss"] - 0.3
 
 
-@pytest.mark.parametrize("method", ["sft", "dskd", "dskd_cross"])
+@pytest.mark.parametrize("method", ["sft", "dskd", "dskd_cross", "gold_cross"])
 def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
     options = ["--data.init_args.bucket=1", "--trainer.limit_val_batches=0", *SPLITTABLE[method]]
     one = tiny_config(tmp_path / "one", method, dropout=0.0, max_steps=3)

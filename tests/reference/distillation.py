@@ -128,11 +128,7 @@ def dskd_cma(
 
 def uld(z_s, z_t) -> Tensor:
     """Universal logit distance of one pair of tokens, arXiv 2402.12030."""
-    q = sorted(softmax(z_s), key=lambda x: float(x.detach()), reverse=True)
-    p = sorted(softmax(sg(z_t)), key=lambda x: float(x.detach()), reverse=True)
-    longest = max(len(q), len(p))
-    q, p = ([*side, *[torch.zeros((), dtype=torch.float64)] * (longest - len(side))] for side in (q, p))
-    return sum(torch.abs(q_v - p_v) for q_v, p_v in zip(q, p, strict=True))
+    return sorted_l1(softmax(z_s), softmax(sg(z_t)))
 
 
 def mined_target(z_t: Tensor | None, gold: int, student_of_teacher: list[int], num_student: int) -> Tensor:
@@ -145,3 +141,35 @@ def mined_target(z_t: Tensor | None, gold: int, student_of_teacher: list[int], n
         if student_of_teacher[teacher_id] >= 0:
             target[student_of_teacher[teacher_id]] = z_t[teacher_id]
     return target
+
+
+def gold(z_s, gold_s, z_t, gold_t, shared=None, *, beta=0.5, matched=1.0, unmatched=1.0) -> Tensor:
+    """One group of tokens as TRL's GOLD compares it. z: logits of each piece, gold: the token that it predicts.
+
+    shared: pairs (student id, teacher id); None sorts everything.
+    """
+    sides = []
+    for logits, tokens in ((z_s, gold_s), ([sg(z) for z in z_t], gold_t)):
+        rest = 1.0
+        for z, token in list(zip(logits, tokens, strict=True))[1:]:
+            rest = rest * softmax(z)[token]
+        sides.append([p * rest for p in softmax(logits[0])])
+    q, p = sides
+    if shared is None:
+        return sorted_l1(q, p)
+    js = 0.0
+    for i, j in shared:
+        m = beta * q[i] + (1 - beta) * p[j]
+        js = js + beta * q[i] * torch.log(q[i] / m) + (1 - beta) * p[j] * torch.log(p[j] / m)
+    students, teachers = ({pair[side] for pair in shared} for side in (0, 1))
+    rest_q = [x for i, x in enumerate(q) if i not in students]
+    rest_p = [x for j, x in enumerate(p) if j not in teachers]
+    return matched * js + unmatched * sorted_l1(rest_q, rest_p)
+
+
+def sorted_l1(q: list[Tensor], p: list[Tensor]) -> Tensor:
+    """Both in descending order, the shorter one filled with zeros."""
+    q, p = (sorted(side, key=lambda x: float(x.detach()), reverse=True) for side in (q, p))
+    longest, zero = max(len(q), len(p)), torch.zeros((), dtype=torch.float64)
+    q, p = ([*side, *[zero] * (longest - len(side))] for side in (q, p))
+    return sum(torch.abs(q_v - p_v) for q_v, p_v in zip(q, p, strict=True))

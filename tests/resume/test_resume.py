@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.tiny_runs import fit, tiny_config
+from tests.tiny_runs import METHODS, fit, tiny_config
 
 
 def weights(cli) -> dict[str, torch.Tensor]:
@@ -23,7 +23,7 @@ def assert_identical(ours: dict, theirs: dict) -> None:
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("method", ["sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("step", [1, 3, 6])
 def test_resuming_after_a_crash_gives_the_same_weights(tmp_path, method, step):
     unbroken = fit(tiny_config(tmp_path / "unbroken", method))

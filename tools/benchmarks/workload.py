@@ -82,7 +82,9 @@ class Workload:
     def __init__(self, setting: Setting, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         self.setting = setting
         self.student = _llama(setting.vocabulary, *setting.student, seed=1).to(device, dtype)
-        self.teacher = _llama(setting.vocabulary, *setting.teacher, seed=2).to(device, dtype).eval().requires_grad_(False)
+        self.teacher = (
+            _llama(setting.vocabulary, *setting.teacher, seed=2).to(device, dtype).eval().requires_grad_(False)
+        )
         generator = torch.Generator().manual_seed(3)
         ids_BL = torch.randint(0, setting.vocabulary, (setting.sequences, setting.length), generator=generator)
         prompt = setting.length // 2
