@@ -23,6 +23,7 @@ CLASSES = {
 METHODS = (
     *("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"),
     *("uld", "uld_cross", "mined_cross", "shared_cross", "gold_cross", "gold_cross_hybrid"),
+    *("kd_sampled", "dskd_sampled", "dskd_cross_sampled"),
 )
 ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
 
@@ -79,6 +80,8 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         model["projectors"] = {"version": "v1"}
     if method.endswith("hybrid"):
         model["hybrid"] = True
+    if "sampled" in method:
+        model["on_policy"] = {"student_fraction": 0.5, "updates": 2, "max_new_tokens": 6, "validation_prompts": 3}
     config = {
         "seed_everything": 3,
         "model": {"class_path": CLASSES[method.split("_")[0]], "init_args": model},

@@ -189,6 +189,21 @@ class Instructions(L.LightningDataModule):
         examples = self.sets[split]
         return [examples.prompt(row) for row in range(len(examples) if limit is None else min(limit, len(examples)))]
 
+    def upcoming(self, examples: tuple[int, ...], steps: int) -> list[list[MicroBatch]]:
+        """This rank's micro-batches from that of `examples` on to the end of the `steps`-th optimizer step, by step.
+
+        Args:
+            examples: of a micro-batch of the current epoch.
+            steps: optimizer steps, the one of `examples` included; the epoch may end before.
+        """
+        sampler = self.trainer.train_dataloader.sampler
+        planned, accumulate = sampler.plan(sampler.epoch), self.trainer.accumulate_grad_batches
+        first = [micro.examples for micro in planned].index(examples)
+        begin = first - first % accumulate
+        ends = [begin + (number + 1) * accumulate for number in range(steps)]
+        parts = [planned[max(end - accumulate, first) : end] for end in ends]
+        return [part for part in parts if part]
+
     def _evaluation_loader(self, split: Split) -> DataLoader | list:
         if split not in self.sets:
             return []

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
-from lit_llm.losses.fused_head import HeadTerms, cross_entropy
+from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.fused_head import HeadTerms, cross_entropy, distillation
 from lit_llm.methods.base import Generation, Method, Optimization
+from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.models.language_model import Frozen, ModelSpec
 
 _EVALUATION_CACHE_BYTES = 512 * 2**20
@@ -25,6 +27,7 @@ class Distillation(Method):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        on_policy: compare on answers that the student samples. None: on the data alone.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class Distillation(Method):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: int | None = None,
+        on_policy: OnPolicy | None = None,
     ) -> None:
         super().__init__(student, optimization, generation, loss_chunk)
         self.teacher_spec = teacher
+        self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
         self._evaluated_hidden: dict[tuple, Tensor] = {}
         self._evaluated_terms: dict[tuple, HeadTerms] = {}
 
@@ -55,6 +60,61 @@ class Distillation(Method):
     def teacher_hidden(self, batch: DistillationBatch) -> Tensor:
         """(T, E) the teacher's last hidden states at the student's supervised positions, or (U, E) at its own."""
         return self.teacher.hidden(batch.student if batch.teacher is None else batch.teacher)
+
+    def compared(self, batch: DistillationBatch) -> Compared:
+        """Where student and teacher are compared for a micro-batch of training: on the data or on sampled answers."""
+        if self.rollouts is None:
+            return Compared(batch, False, batch.step_tokens, batch.step_pairs)
+        compared = self.rollouts.compared(batch)
+        self.log("train/on_policy", float(compared.sampled), batch_size=1)
+        if compared.sampled:
+            sampled = compared.batch.student
+            self.log("train/sampled_tokens", sampled.num_supervised / len(sampled.length_B), batch_size=1)
+        return compared
+
+    def data_loss(self, batch: DistillationBatch, weight: float) -> Tensor:
+        """Weighted cross-entropy on the data, for a micro-batch that is compared elsewhere; logs it."""
+        target_T = batch.student.target_T
+        terms = cross_entropy(
+            self.student.hidden(batch.student), self.student.head, target_T, chunk_size=self.loss_chunk
+        )
+        self.log_step({"ce": terms.ce, "accuracy": terms.correct}, terms.tokens)
+        return weight * terms.loss
+
+    def on_validation_epoch_end(self) -> None:
+        if self.rollouts is not None and not self.trainer.sanity_checking:
+            batch = self.rollouts.of_validation()
+            if batch is not None:
+                self.evaluate_sampled(batch)
+        super().on_validation_epoch_end()
+
+    def evaluate_sampled(self, batch: DistillationBatch) -> None:
+        """Log how far the student is from the teacher on its own answers to validation prompts."""
+        tokens = batch.student
+        self.log("val/sampled_tokens", tokens.num_supervised / len(tokens.length_B))
+        if batch.teacher is None:
+            terms = distillation(
+                self.student.hidden(tokens),
+                self.student.head,
+                tokens.target_T,
+                self.teacher_hidden(batch),
+                self.teacher.head,
+                Divergence(name="reverse_kl", temperature=1.0),
+                ce_weight=0.0,
+                kd_weight=1.0,
+                chunk_size=self.loss_chunk,
+            )
+            self.log("val/sampled_reverse_kl", terms.kd / max(terms.tokens, 1))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.rollouts is not None:
+            checkpoint["lit_llm"]["rollouts"] = self.rollouts.state()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.rollouts is not None:
+            self.rollouts.load_state(checkpoint["lit_llm"].get("rollouts", {}))
 
     def evaluated_teacher_hidden(self, batch: DistillationBatch, stage: str) -> Tensor:
         """The same during evaluation, where the batches come again and the teacher need not."""

@@ -6,6 +6,7 @@ give the earlier method and everything between.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Optional
 
@@ -21,6 +22,7 @@ from lit_llm.losses.fused_head import Head
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.dskd_settings import Projectors
+from lit_llm.methods.on_policy import Compared, OnPolicy
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.projector import (
     ClosedFormStudentToTeacher,
@@ -46,6 +48,8 @@ class DSKD(Distillation):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        on_policy: compare on answers that the student samples: without mask, on the teacher's predictions (arXiv
+            2504.11426). None: on the data alone.
     """
 
     def __init__(
@@ -58,8 +62,9 @@ class DSKD(Distillation):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        on_policy: Optional[OnPolicy] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy)
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
@@ -95,8 +100,18 @@ class DSKD(Distillation):
             spaces=self.settings.spaces,
         )
 
+    @cached_property
+    def sampled_dual_space(self) -> DualSpace:
+        """The same for sampled answers, where no token is gold and nothing is masked."""
+        return replace(self.dual_space, teacher_target="teacher", student_mask="none", agreement_threshold=1.0)
+
     def configure_model(self) -> None:
         settings = self.settings
+        if self.uses_attention and self.rollouts is not None:
+            raise ValueError(
+                "model.on_policy is set, but projectors.across_tokenizers is 'cma', which learns from gold tokens that "
+                "sampled answers do not have. Set across_tokenizers: eta, or leave on_policy out."
+            )
         super().configure_model()
         if self.t2s is not None or self.attention is not None:
             return
@@ -155,26 +170,37 @@ class DSKD(Distillation):
     # -------------------------------------------------------------- training
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
+        compared = self.compared(batch)
+        ce_weight = (1 - self.kd_weight) * self.step_weight(batch, batch.step_tokens)
+        data_loss = self.data_loss(batch, ce_weight) if compared.sampled else 0.0
         terms = self.loss(
-            batch,
-            self.teacher_hidden(batch),
-            ce_weight=(1 - self.kd_weight) * self.step_weight(batch, batch.step_tokens),
-            kd_denominator=self._kd_denominator(batch),
+            compared.batch,
+            self.teacher_hidden(compared.batch),
+            ce_weight=0.0 if compared.sampled else ce_weight,
+            kd_denominator=self._kd_denominator(compared),
+            sampled=compared.sampled,
         )
 
-        self.log("train/loss", terms.loss.detach())
-        self.log_step(
-            {"ce": terms.ce, "accuracy": terms.correct, "align_ratio": torch.tensor(terms.pairs)}, terms.tokens
-        )
+        if not compared.sampled:
+            self.log_step({"ce": terms.ce, "accuracy": terms.correct}, terms.tokens)
+        self.log_step({"align_ratio": torch.tensor(terms.pairs)}, terms.tokens)
         self.log_step({"t2s_accuracy": terms.t2s_correct, "s2t_agreement": terms.s2t_agree}, terms.pairs)
         self.log_step({"mapped_ratio": terms.mapped}, terms.pairs)
         mapped = {"t2s_ce": terms.t2s_ce, "s2t_kd": terms.s2t_kd, "t2s_agreement": terms.t2s_agree}
         self.log_step({**mapped, "agreement": terms.agree}, terms.mapped)
         self.log_step({"t2s_kd": terms.t2s_kd}, terms.masked)
-        return terms.loss
+        loss = terms.loss + data_loss
+        self.log("train/loss", loss.detach())
+        return loss
 
     def loss(
-        self, batch: DistillationBatch, teacher_hidden: Tensor, *, ce_weight: float, kd_denominator: float | None
+        self,
+        batch: DistillationBatch,
+        teacher_hidden: Tensor,
+        *,
+        ce_weight: float,
+        kd_denominator: float | None,
+        sampled: bool = False,
     ) -> DualSpaceTerms:
         """The dual-space loss of a batch, from (T, E) or (U, E) hidden states of the teacher."""
         if self.uses_attention:
@@ -192,7 +218,7 @@ class DSKD(Distillation):
             self.teacher.head,
             self.t2s(teacher_AE),
             projected_student,
-            self.dual_space,
+            self.sampled_dual_space if sampled else self.dual_space,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,
@@ -249,12 +275,12 @@ class DSKD(Distillation):
     def _teacher_predictions(self, teacher_UE: Tensor) -> Tensor:
         return torch.cat([self.teacher.head(piece_CE).argmax(-1) for piece_CE in teacher_UE.split(256)])
 
-    def _kd_denominator(self, batch: DistillationBatch) -> float | None:
+    def _kd_denominator(self, compared: Compared) -> float | None:
         """Tokens that the distillation sums are divided by; None: the mapped pairs of the micro-batch, as published."""
-        eta = batch.teacher is not None and not self.uses_attention
+        eta = compared.batch.teacher is not None and not self.uses_attention
         if eta and self.settings.masked_mean == "agreeing":
             return None
-        return 1 / self.step_weight(batch, batch.step_pairs if eta else batch.step_tokens)
+        return 1 / self.step_weight(compared.batch, compared.pairs if eta else compared.tokens)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         projectors = self._projector_parameters()
@@ -264,6 +290,13 @@ class DSKD(Distillation):
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     # ------------------------------------------------------------ evaluation
+
+    def evaluate_sampled(self, batch: DistillationBatch) -> None:
+        super().evaluate_sampled(batch)
+        terms = self.loss(batch, self.teacher_hidden(batch), ce_weight=0.0, kd_denominator=1.0, sampled=True)
+        count = terms.mapped.clamp(min=1)
+        self.log("val/sampled_t2s_kd", terms.t2s_kd / count)
+        self.log("val/sampled_s2t_kd", terms.s2t_kd / count)
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)

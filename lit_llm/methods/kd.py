@@ -11,6 +11,7 @@ from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, distillation
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
+from lit_llm.methods.on_policy import OnPolicy
 from lit_llm.models.language_model import ModelSpec
 
 
@@ -27,6 +28,7 @@ class KD(Distillation):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        on_policy: compare on answers that the student samples. None: on the data alone.
     """
 
     def __init__(
@@ -38,8 +40,9 @@ class KD(Distillation):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        on_policy: Optional[OnPolicy] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy)
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
@@ -56,14 +59,22 @@ class KD(Distillation):
         super().configure_model()
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
-        terms = self.loss(batch, self.teacher_hidden(batch), self.step_weight(batch, batch.step_tokens))
+        compared = self.compared(batch)
+        ce_weight = (1 - self.kd_weight) * self.step_weight(batch, batch.step_tokens)
+        kd_weight = self.kd_weight * self.step_weight(batch, compared.tokens)
+        data_loss = self.data_loss(batch, ce_weight) if compared.sampled else 0.0
+        terms = self.loss(
+            compared.batch, self.teacher_hidden(compared.batch), 0.0 if compared.sampled else ce_weight, kd_weight
+        )
 
-        means = {"ce": terms.ce, "kd": terms.kd, "agreement": terms.agree, "accuracy": terms.correct}
-        self.log_step(means, terms.tokens)
-        self.log("train/loss", terms.loss.detach())
-        return terms.loss
+        self.log_step({"kd": terms.kd, "agreement": terms.agree}, terms.tokens)
+        if not compared.sampled:
+            self.log_step({"ce": terms.ce, "accuracy": terms.correct}, terms.tokens)
+        loss = terms.loss + data_loss
+        self.log("train/loss", loss.detach())
+        return loss
 
-    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, weight: float) -> HeadTerms:
+    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, ce_weight: float, kd_weight: float) -> HeadTerms:
         return distillation(
             self.student.hidden(batch.student),
             self.student.head,
@@ -71,14 +82,14 @@ class KD(Distillation):
             teacher_TE,
             self.teacher.head,
             self.divergence,
-            ce_weight=(1 - self.kd_weight) * weight,
-            kd_weight=self.kd_weight * weight,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
             chunk_size=self.loss_chunk,
         )
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)
-        terms = self.loss(batch, hidden, weight=1.0)
+        terms = self.loss(batch, hidden, 1 - self.kd_weight, self.kd_weight)
         means = {"loss": terms.ce, "accuracy": terms.correct, "kd": terms.kd, "agreement": terms.agree}
         self.log_means(stage, means, terms.tokens)
         self.evaluate_teacher(hidden, batch, stage)
