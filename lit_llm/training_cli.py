@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_llm.callbacks import default_callbacks
+from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.methods import *  # noqa: F403  makes the short names known

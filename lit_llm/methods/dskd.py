@@ -6,8 +6,10 @@ give the earlier method and everything between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,7 +19,7 @@ from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.vocabulary import shared_tokens, teacher_to_student_ids
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.base import Generation, Optimization, without_gradients
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.dskd_settings import Projectors
 from lit_llm.models.language_model import ModelSpec
@@ -173,11 +175,21 @@ class DSKD(Distillation):
         return terms.loss
 
     def loss(
-        self, batch: DistillationBatch, teacher_hidden: Tensor, *, ce_weight: float, kd_denominator: float | None
+        self,
+        batch: DistillationBatch,
+        teacher_hidden: Tensor,
+        *,
+        ce_weight: float,
+        kd_denominator: float | None,
+        settings: DualSpace | None = None,
     ) -> DualSpaceTerms:
-        """The dual-space loss of a batch, from (T, E) or (U, E) hidden states of the teacher."""
+        """The dual-space loss of a batch, from (T, E) or (U, E) hidden states of the teacher.
+
+        `settings` stand in for those of the config.
+        """
+        settings = settings or self.dual_space
         if self.uses_attention:
-            return self._loss_with_attention(batch, teacher_hidden, ce_weight, kd_denominator)
+            return self._loss_with_attention(batch, teacher_hidden, ce_weight, kd_denominator, settings)
         student_TD = self.student.hidden(batch.student)
         student_AD, teacher_AE = student_TD, teacher_hidden
         if batch.teacher is not None:
@@ -190,7 +202,7 @@ class DSKD(Distillation):
             self.teacher.head,
             self.t2s(teacher_AE),
             self.student_in_teacher_space(student_AD),
-            self.dual_space,
+            settings,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,
@@ -198,6 +210,36 @@ class DSKD(Distillation):
             teacher_to_student_W=None if batch.teacher is None else self.teacher_to_student_W,
             chunk_size=self.loss_chunk,
         )
+
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        hidden, denominator = self.teacher_hidden(batch), self._kd_denominator(batch)
+
+        def space(of: Literal["student", "teacher"]) -> DualSpaceTerms:
+            settings = replace(self.dual_space, spaces=of)
+            return self.loss(batch, hidden, ce_weight=0.0, kd_denominator=denominator, settings=settings)
+
+        def projected_teacher(terms: DualSpaceTerms) -> Tensor:
+            divisor = terms.mapped.clamp(min=1) if denominator is None else denominator
+            return terms.t2s_ce * (self.kd_weight / divisor)
+
+        def t2s_ce() -> Tensor:
+            with without_gradients(self.student.parameters()):
+                terms = space("student")
+            return terms.loss - (terms.loss.detach() - projected_teacher(terms))
+
+        def t2s_kd() -> Tensor:
+            with without_gradients(self._projector_parameters()):
+                terms = space("student")
+            return terms.loss - projected_teacher(terms)
+
+        terms: dict[str, Callable[[], Tensor]] = {}
+        if self.kd_weight < 1:
+            terms["ce"] = lambda: self.cross_entropy_term(batch, 1 - self.kd_weight)
+        if self.kd_weight > 0 and self.settings.spaces != "teacher":
+            terms |= {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd}
+        if self.kd_weight > 0 and self.settings.spaces != "student":
+            terms["s2t_kd"] = lambda: space("teacher").loss
+        return terms
 
     def student_in_teacher_space(self, student_AD: Tensor) -> Tensor:
         """(A, E) S h_s."""
@@ -208,7 +250,9 @@ class DSKD(Distillation):
         step = self.global_step if head.weight_VD.requires_grad else 0
         return self.s2t(student_AD, head.weight_VD.detach(), self.teacher.head.weight_VD, step)
 
-    def _loss_with_attention(self, batch, teacher_UE, ce_weight: float, kd_denominator: float) -> DualSpaceTerms:
+    def _loss_with_attention(
+        self, batch, teacher_UE, ce_weight: float, kd_denominator: float, settings: DualSpace
+    ) -> DualSpaceTerms:
         student, teacher = batch.student, batch.teacher
         student_TD = self.student.hidden(student)
         student_embedding_VD, teacher_embedding_WE = self.student.input_embedding, self.teacher.input_embedding
@@ -232,7 +276,7 @@ class DSKD(Distillation):
             teacher_UE,
             self.teacher.head,
             attended_UE,
-            self.dual_space,
+            settings,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 from torch import Tensor
@@ -56,14 +57,20 @@ class KD(Distillation):
         super().configure_model()
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
-        terms = self.loss(batch, self.teacher_hidden(batch), self.step_weight(batch, batch.step_tokens))
+        weight = self.step_weight(batch, batch.step_tokens)
+        terms = self.loss(
+            batch,
+            self.teacher_hidden(batch),
+            ce_weight=(1 - self.kd_weight) * weight,
+            kd_weight=self.kd_weight * weight,
+        )
 
         means = {"ce": terms.ce, "kd": terms.kd, "agreement": terms.agree, "accuracy": terms.correct}
         self.log_step(means, terms.tokens)
         self.log("train/loss", terms.loss.detach())
         return terms.loss
 
-    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, weight: float) -> HeadTerms:
+    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, *, ce_weight: float, kd_weight: float) -> HeadTerms:
         return distillation(
             self.student.hidden(batch.student),
             self.student.head,
@@ -71,14 +78,23 @@ class KD(Distillation):
             teacher_TE,
             self.teacher.head,
             self.divergence,
-            ce_weight=(1 - self.kd_weight) * weight,
-            kd_weight=self.kd_weight * weight,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
             chunk_size=self.loss_chunk,
         )
 
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        teacher_TE, weight = self.teacher_hidden(batch), self.kd_weight * self.step_weight(batch, batch.step_tokens)
+        terms = {
+            "ce": lambda: self.cross_entropy_term(batch, 1 - self.kd_weight),
+            "kd": lambda: self.loss(batch, teacher_TE, ce_weight=0.0, kd_weight=weight).loss,
+        }
+        weights = {"ce": 1 - self.kd_weight, "kd": self.kd_weight}
+        return {name: term for name, term in terms.items() if weights[name] > 0}
+
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)
-        terms = self.loss(batch, hidden, weight=1.0)
+        terms = self.loss(batch, hidden, ce_weight=1 - self.kd_weight, kd_weight=self.kd_weight)
         means = {"loss": terms.ce, "accuracy": terms.correct, "kd": terms.kd, "agreement": terms.agree}
         self.log_means(stage, means, terms.tokens)
         self.evaluate_teacher(hidden, batch, stage)
