@@ -91,11 +91,12 @@ class FakeModel:
         self.precision = precision
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.folder_config = None if spec.source is None else _config(spec.source)
-        with self.mode:
-            self.model = _built(spec, self.folder_config).train()
-            if precision.weights is not None:
-                self.model.to(precision.weights)
+        with torch.device("meta"):
+            self.model = _built(spec, self.folder_config, precision.weights or getattr(torch, spec.dtype)).train()
         self.transformer = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        with self.mode:
+            self.model.to_empty(device="cpu")
+            self.transformer.tie_weights()  # converting tensors has made copies of a shared one
 
     @property
     def head(self) -> nn.Linear:
@@ -143,10 +144,9 @@ def _config(source: str):
     return sources._load(AutoConfig.from_pretrained, sources.locate(source), "model config")
 
 
-def _built(spec: ModelSpec, config) -> nn.Module:
+def _built(spec: ModelSpec, config, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, spec.dtype)
     if config is None:
         model = sources.random_start(spec.config, spec.attention, dtype, spec.load_tokenizer())
     else:
