@@ -262,7 +262,7 @@ def _counted(loader, setup: Setup) -> tuple[Tokens, DistillationBatch]:
             sum((batch.teacher or batch.student).num_supervised for batch in batches) * scale * setup.processes
         ),
     )
-    return tokens, _largest(batches)
+    return tokens, _largest(batches[: steps * setup.accumulate])
 
 
 def _batches(loader) -> Sequence[DistillationBatch]:
