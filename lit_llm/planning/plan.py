@@ -226,7 +226,9 @@ class _Projectors:
         settings, d, e = method.settings, student.head.in_features, teacher.head.in_features
         biases = d + e if settings.bias else 0
         if method.uses_attention:
-            return cls(trained=4 * d * e + 2 * d * e + (2 * e + biases if settings.bias else 0), flops_per_row=24 * d * e)
+            return cls(
+                trained=4 * d * e + 2 * d * e + (2 * e + biases if settings.bias else 0), flops_per_row=24 * d * e
+            )
         if settings.student_to_teacher == "trained":
             return cls(trained=2 * d * e + biases, flops_per_row=12 * d * e)
         rows = min(student.head.out_features, teacher.head.out_features)
@@ -314,9 +316,7 @@ def _evaluation_cache(datamodule, teacher: FakeModel) -> int:
     return min(rows * teacher.head.in_features * teacher.head.weight.element_size(), _EVALUATION_CACHE_BYTES)
 
 
-def _parameters(
-    student: FakeModel, teacher: FakeModel | None, projectors: _Projectors
-) -> dict[str, tuple[int, int]]:
+def _parameters(student: FakeModel, teacher: FakeModel | None, projectors: _Projectors) -> dict[str, tuple[int, int]]:
     def parts(name: str, model: FakeModel, found: Parameters, trained: int) -> dict[str, tuple[int, int]]:
         in_head = found.head if trained and model.trains_head else 0
         return {f"{name} body": (found.body, trained - in_head), f"{name} head": (found.head, in_head)}
