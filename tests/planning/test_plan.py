@@ -56,7 +56,7 @@ def test_memory_and_flops_without_weights_are_those_of_the_real_body(family, tmp
     assert found.forward_flops == forward
     assert found.backward_flops == counter.get_total_flops() - forward
     # transformers writes out the causal mask for fake tensors, so a little more is counted
-    assert kept <= found.kept < 1.15 * kept
+    assert 0.99 * kept <= found.kept < 1.15 * kept
 
 
 def test_checkpointing_keeps_less_and_computes_more(tmp_path):
