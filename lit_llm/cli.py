@@ -14,6 +14,7 @@ _COMMANDS = {
     "validate": ("evaluate a checkpoint on the validation data", "validate --config RUN/config.yaml --ckpt_path last"),
     "test": ("evaluate a checkpoint on the test data", "test --config RUN/config.yaml --ckpt_path last"),
     "predict": ("answer the test prompts into predictions.jsonl", "predict --config RUN/config.yaml --ckpt_path last"),
+    "plan": ("parameters, FLOPs and peak memory of a run, without training", "plan --config configs/dskd.yaml"),
     "export": (
         "write a checkpoint as a Hugging Face folder",
         "export --config RUN/config.yaml --ckpt_path last --to DIR",

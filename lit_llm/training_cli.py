@@ -5,12 +5,14 @@ A run lives in `ROOT/NAME/version_N`: config, TensorBoard events, metrics.csv, c
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_llm.callbacks import default_callbacks
+from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.methods import *  # noqa: F403  makes the short names known
@@ -52,8 +55,6 @@ class LitTrainer(Trainer):
             ckpt_path: a checkpoint, or `last` for the newest of the run.
             to: folder to write; it must not exist.
         """
-        import torch
-
         if Path(to).exists():
             raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
         model.configure_model()
@@ -61,6 +62,28 @@ class LitTrainer(Trainer):
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.student.save(Path(to))
+
+    def plan(self, model: LightningModule, datamodule: LightningDataModule, json: bool = False) -> None:
+        """Parameters, FLOPs, steps and peak memory of a run, without training and without loading weights.
+
+        Args:
+            json: print JSON instead of a page.
+        """
+        import json as json_module
+        from dataclasses import asdict
+
+        from lit_llm.planning.page import page
+        from lit_llm.planning.plan import make_plan
+
+        self.strategy.connect(model)
+        model.trainer = datamodule.trainer = self
+        datamodule.setup("fit")
+        plan = make_plan(model, datamodule, self.planned)
+        if json:
+            totals = {"peak_phase": plan.peak_phase, "peak_bytes": plan.peak_bytes}
+            sys.stdout.write(json_module.dumps(asdict(plan) | totals, indent=2) + "\n")
+        else:
+            sys.stdout.write(page(plan) + "\n")
 
 
 class TrainingCLI(LightningCLI):
@@ -86,7 +109,7 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")
@@ -115,7 +138,13 @@ class TrainingCLI(LightningCLI):
             progress_bar=settings.get("enable_progress_bar") is not False, stage=self.subcommand
         )
         kwargs["callbacks"] = (settings.get("callbacks") or []) + callbacks
-        return super().instantiate_trainer(**kwargs)
+        if self.subcommand != "plan":
+            return super().instantiate_trainer(**kwargs)
+        # a plan for eight GPUs can be made on a laptop
+        here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+        trainer = super().instantiate_trainer(**{**kwargs, **here, "logger": False, "profiler": None})
+        trainer.planned = _planned(settings, trainer)
+        return trainer
 
     def _choose_run_folder(self, config) -> None:
         """Fill in name and version; find the checkpoint that `last` means; refuse to write over another run."""
@@ -134,6 +163,36 @@ class TrainingCLI(LightningCLI):
                 f"The run folder {runs / run.version} exists.\n"
                 f"  Continue it with --ckpt_path last, or start a new one with --run.version=null."
             )
+
+
+def _planned(settings, trainer: Trainer):
+    """The part of the trainer's config that a plan depends on."""
+    from lit_llm.planning.plan import Setup
+
+    accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
+    counts = {name: settings.get(name) or 1 for name in ("devices", "num_nodes")}
+    notes = [
+        f"trainer.{name} is {value!r}; one is assumed" for name, value in counts.items() if not str(value).isdigit()
+    ]
+    if str(strategy) not in ("auto", "ddp"):
+        notes.append(f"trainer.strategy is {strategy}; the plan is for a process that holds everything, as ddp does")
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        notes.append("the GPU's own context and the allocator's slack; figures are those of the CPU's kernels")
+    if not on_gpu and sys.platform == "linux":
+        notes.append(
+            "what glibc keeps of freed memory: about 25% more was measured; MALLOC_MMAP_THRESHOLD_=131072 in the "
+            "environment of the run avoids it (docs/plan.md)"
+        )
+    return Setup(
+        precision=settings.get("precision"),
+        accumulate=trainer.accumulate_grad_batches,
+        max_steps=trainer.max_steps,
+        max_epochs=trainer.max_epochs,
+        processes=math.prod(int(value) if str(value).isdigit() else 1 for value in counts.values()),
+        on_gpu=on_gpu,
+        notes=notes,
+    )
 
 
 def _config_name(config) -> str | None:

@@ -15,6 +15,7 @@ ALLOWED = {
     "data": {"data", "losses", "storage"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
+    "planning": {"planning", "methods", "models", "losses", "data"},
     "methods": {"methods", "losses", "models", "data", "evaluation", "storage"},
 }
 HEAVY = ("torch", "lightning", "transformers", "datasets", "peft", "gguf", "matplotlib", "torchmetrics")

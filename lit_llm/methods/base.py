@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -200,6 +202,20 @@ class Method(L.LightningModule):
         """
         return self.trainer.accumulate_grad_batches * self.trainer.world_size / max(count, 1)
 
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        """The terms whose sum `training_step` returns, one at a time: for measuring them, not for training.
+
+        Each call runs the student anew and gives the weighted, differentiable term of this micro-batch. Terms whose
+        weight is 0 are left out.
+        """
+        return {"ce": lambda: self.cross_entropy_term(batch, weight=1.0)}
+
+    def cross_entropy_term(self, batch: DistillationBatch, weight: float) -> Tensor:
+        """The cross-entropy of a micro-batch as `training_step` adds it, times `weight`."""
+        hidden_TD = self.student.hidden(batch.student)
+        terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
+        return terms.loss * (weight * self.step_weight(batch, batch.step_tokens))
+
     @staticmethod
     def _gradient_norm(parameters) -> Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -347,6 +363,19 @@ class Method(L.LightningModule):
         if self._generators is not None:
             _restore_generators(self._generators)
             self._generators = None
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block no gradient reaches these parameters."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _generator_states() -> dict[str, Any]:

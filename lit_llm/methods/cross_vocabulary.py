@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,15 @@ class CrossVocabulary(Distillation):
         self.log_step({"align_ratio": self.num_paired(batch)}, terms.tokens)
         self.log("train/loss", terms.loss.detach())
         return terms.loss
+
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        hidden, weight = self.teacher_hidden(batch), self.kd_weight * self.step_weight(batch, batch.step_tokens)
+        terms: dict[str, Callable[[], Tensor]] = {}
+        if self.kd_weight < 1:
+            terms["ce"] = lambda: self.cross_entropy_term(batch, 1 - self.kd_weight)
+        if self.kd_weight > 0:
+            terms["kd"] = lambda: self.loss(batch, hidden, ce_weight=0.0, kd_weight=weight).loss
+        return terms
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)

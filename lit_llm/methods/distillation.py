@@ -64,13 +64,18 @@ class Distillation(Method):
     def compared(self, batch: DistillationBatch) -> Compared:
         """Where student and teacher are compared for a micro-batch of training: on the data or on sampled answers."""
         if self.rollouts is None:
-            return Compared(batch, False, batch.step_tokens, batch.step_pairs)
+            return self.on_data(batch)
         compared = self.rollouts.compared(batch)
         self.log("train/on_policy", float(compared.sampled), batch_size=1)
         if compared.sampled:
             sampled = compared.batch.student
             self.log("train/sampled_tokens", sampled.num_supervised / len(sampled.length_B), batch_size=1)
         return compared
+
+    @staticmethod
+    def on_data(batch: DistillationBatch) -> Compared:
+        """The comparison on the data itself."""
+        return Compared(batch, False, batch.step_tokens, batch.step_pairs)
 
     def data_loss(self, batch: DistillationBatch, weight: float) -> Tensor:
         """Weighted cross-entropy on the data, for a micro-batch that is compared elsewhere; logs it."""

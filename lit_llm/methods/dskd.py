@@ -6,9 +6,10 @@ give the earlier method and everything between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,7 +20,7 @@ from lit_llm.data.vocabulary import shared_tokens, teacher_to_student_ids
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
 from lit_llm.losses.fused_head import Head
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.base import Generation, Optimization, without_gradients
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.dskd_settings import Projectors
 from lit_llm.methods.on_policy import Compared, OnPolicy
@@ -178,7 +179,7 @@ class DSKD(Distillation):
             self.teacher_hidden(compared.batch),
             ce_weight=0.0 if compared.sampled else ce_weight,
             kd_denominator=self._kd_denominator(compared),
-            sampled=compared.sampled,
+            settings=self.sampled_dual_space if compared.sampled else None,
         )
 
         if not compared.sampled:
@@ -200,11 +201,15 @@ class DSKD(Distillation):
         *,
         ce_weight: float,
         kd_denominator: float | None,
-        sampled: bool = False,
+        settings: DualSpace | None = None,
     ) -> DualSpaceTerms:
-        """The dual-space loss of a batch, from (T, E) or (U, E) hidden states of the teacher."""
+        """The dual-space loss of a batch, from (T, E) or (U, E) hidden states of the teacher.
+
+        `settings` stand in for those of the config.
+        """
+        settings = settings or self.dual_space
         if self.uses_attention:
-            return self._loss_with_attention(batch, teacher_hidden, ce_weight, kd_denominator)
+            return self._loss_with_attention(batch, teacher_hidden, ce_weight, kd_denominator, settings)
         student_TD = self.student.hidden(batch.student)
         student_AD, teacher_AE = student_TD, teacher_hidden
         if batch.teacher is not None:
@@ -218,7 +223,7 @@ class DSKD(Distillation):
             self.teacher.head,
             self.t2s(teacher_AE),
             projected_student,
-            self.sampled_dual_space if sampled else self.dual_space,
+            settings,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,
@@ -227,6 +232,36 @@ class DSKD(Distillation):
             projected_student_head=projected_head,
             chunk_size=self.loss_chunk,
         )
+
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        hidden, denominator = self.teacher_hidden(batch), self._kd_denominator(self.on_data(batch))
+
+        def space(of: Literal["student", "teacher"]) -> DualSpaceTerms:
+            settings = replace(self.dual_space, spaces=of)
+            return self.loss(batch, hidden, ce_weight=0.0, kd_denominator=denominator, settings=settings)
+
+        def projected_teacher(terms: DualSpaceTerms) -> Tensor:
+            divisor = terms.mapped.clamp(min=1) if denominator is None else denominator
+            return terms.t2s_ce * (self.kd_weight / divisor)
+
+        def t2s_ce() -> Tensor:
+            with without_gradients(self.student.parameters()):
+                terms = space("student")
+            return terms.loss - (terms.loss.detach() - projected_teacher(terms))
+
+        def t2s_kd() -> Tensor:
+            with without_gradients(self._projector_parameters()):
+                terms = space("student")
+            return terms.loss - projected_teacher(terms)
+
+        terms: dict[str, Callable[[], Tensor]] = {}
+        if self.kd_weight < 1:
+            terms["ce"] = lambda: self.cross_entropy_term(batch, 1 - self.kd_weight)
+        if self.kd_weight > 0 and self.settings.spaces != "teacher":
+            terms |= {"t2s_ce": t2s_ce, "t2s_kd": t2s_kd}
+        if self.kd_weight > 0 and self.settings.spaces != "student":
+            terms["s2t_kd"] = lambda: space("teacher").loss
+        return terms
 
     def _student_in_teacher_space(self, student_AD: Tensor) -> tuple[Tensor, Head | None]:
         """S h_s, (A, E), to be scored by the teacher's head; or h_s and W_t S, where that takes fewer multiplications."""
@@ -240,7 +275,9 @@ class DSKD(Distillation):
             return student_AD, teacher_head._replace(weight_VD=self.s2t.composed(*heads, step))
         return self.s2t(student_AD, *heads, step), None
 
-    def _loss_with_attention(self, batch, teacher_UE, ce_weight: float, kd_denominator: float) -> DualSpaceTerms:
+    def _loss_with_attention(
+        self, batch, teacher_UE, ce_weight: float, kd_denominator: float, settings: DualSpace
+    ) -> DualSpaceTerms:
         student, teacher = batch.student, batch.teacher
         student_TD = self.student.hidden(student)
         student_embedding_VD, teacher_embedding_WE = self.student.input_embedding, self.teacher.input_embedding
@@ -264,7 +301,7 @@ class DSKD(Distillation):
             teacher_UE,
             self.teacher.head,
             attended_UE,
-            self.dual_space,
+            settings,
             ce_weight=ce_weight,
             kd_weight=self.kd_weight,
             kd_denominator=kd_denominator,
@@ -293,7 +330,9 @@ class DSKD(Distillation):
 
     def evaluate_sampled(self, batch: DistillationBatch) -> None:
         super().evaluate_sampled(batch)
-        terms = self.loss(batch, self.teacher_hidden(batch), ce_weight=0.0, kd_denominator=1.0, sampled=True)
+        terms = self.loss(
+            batch, self.teacher_hidden(batch), ce_weight=0.0, kd_denominator=1.0, settings=self.sampled_dual_space
+        )
         count = terms.mapped.clamp(min=1)
         self.log("val/sampled_t2s_kd", terms.t2s_kd / count)
         self.log("val/sampled_s2t_kd", terms.s2t_kd / count)

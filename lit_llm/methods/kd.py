@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Optional
 
 from torch import Tensor
@@ -64,7 +65,10 @@ class KD(Distillation):
         kd_weight = self.kd_weight * self.step_weight(batch, compared.tokens)
         data_loss = self.data_loss(batch, ce_weight) if compared.sampled else 0.0
         terms = self.loss(
-            compared.batch, self.teacher_hidden(compared.batch), 0.0 if compared.sampled else ce_weight, kd_weight
+            compared.batch,
+            self.teacher_hidden(compared.batch),
+            ce_weight=0.0 if compared.sampled else ce_weight,
+            kd_weight=kd_weight,
         )
 
         self.log_step({"kd": terms.kd, "agreement": terms.agree}, terms.tokens)
@@ -74,7 +78,7 @@ class KD(Distillation):
         self.log("train/loss", loss.detach())
         return loss
 
-    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, ce_weight: float, kd_weight: float) -> HeadTerms:
+    def loss(self, batch: DistillationBatch, teacher_TE: Tensor, *, ce_weight: float, kd_weight: float) -> HeadTerms:
         return distillation(
             self.student.hidden(batch.student),
             self.student.head,
@@ -87,9 +91,18 @@ class KD(Distillation):
             chunk_size=self.loss_chunk,
         )
 
+    def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:
+        teacher_TE, weight = self.teacher_hidden(batch), self.kd_weight * self.step_weight(batch, batch.step_tokens)
+        terms = {
+            "ce": lambda: self.cross_entropy_term(batch, 1 - self.kd_weight),
+            "kd": lambda: self.loss(batch, teacher_TE, ce_weight=0.0, kd_weight=weight).loss,
+        }
+        weights = {"ce": 1 - self.kd_weight, "kd": self.kd_weight}
+        return {name: term for name, term in terms.items() if weights[name] > 0}
+
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)
-        terms = self.loss(batch, hidden, 1 - self.kd_weight, self.kd_weight)
+        terms = self.loss(batch, hidden, ce_weight=1 - self.kd_weight, kd_weight=self.kd_weight)
         means = {"loss": terms.ce, "accuracy": terms.correct, "kd": terms.kd, "agreement": terms.agree}
         self.log_means(stage, means, terms.tokens)
         self.evaluate_teacher(hidden, batch, stage)

@@ -74,7 +74,7 @@ def test_the_loss_on_sampled_answers_is_the_formula(tmp_path):
     expected = sum(
         reference.divergence(q, p.detach(), "forward_kl", temperature=2.0) for q, p in zip(*rows, strict=True)
     )
-    found = method.loss(compared.batch, method.teacher_hidden(compared.batch), 0.0, 1.0)
+    found = method.loss(compared.batch, method.teacher_hidden(compared.batch), ce_weight=0.0, kd_weight=1.0)
     torch.testing.assert_close(found.loss.double(), expected, rtol=1e-6, atol=1e-9)
     assert isinstance(method.divergence, Divergence)
 

@@ -1,0 +1,1 @@
+"""What a run will cost, found without training and without loading weights."""
