@@ -1,7 +1,8 @@
 """Typed batches: what travels from the data workers to a method.
 
 Shapes: B sequences, L padded positions, T supervised positions of the whole batch (flattened),
-U the same on the teacher's side, A aligned pairs of supervised positions.
+U the same on the teacher's side, A aligned pairs of supervised positions, E the teacher's width, K tokens kept of a
+distribution.
 
 They are meant as read-only, but not declared `frozen`: Lightning's precision plugins refuse frozen dataclasses.
 """
@@ -51,6 +52,21 @@ class TokenBatch(_Movable):
 
 
 @dataclass
+class SparseTargets(_Movable):
+    """The largest probabilities of a next-token distribution, best first.
+
+    Attributes:
+        ids_TK: tokens, int64.
+        log_p_TK: their log-probabilities.
+        log_rest_T: logarithm of the mass of all other tokens.
+    """
+
+    ids_TK: Tensor
+    log_p_TK: Tensor
+    log_rest_T: Tensor
+
+
+@dataclass
 class DistillationBatch(_Movable):
     """One text as the student and as the teacher read it.
 
@@ -64,6 +80,9 @@ class DistillationBatch(_Movable):
         step_pairs: the aligned pairs of the whole optimizer step.
         num_tokens: real (not padding) tokens of this batch on the student's side, prompts included.
         examples: indices of the examples in their dataset.
+        teacher_hidden: (T, E) or, with two tokenizers, (U, E) last hidden states of the teacher, where a store has
+            them; None: the teacher is to be run.
+        teacher_top: its largest probabilities instead, where a store keeps only these.
     """
 
     student: TokenBatch
@@ -74,6 +93,8 @@ class DistillationBatch(_Movable):
     step_pairs: int
     num_tokens: int
     examples: tuple[int, ...]
+    teacher_hidden: Tensor | None = None
+    teacher_top: SparseTargets | None = None
 
 
 def collate_tokens(ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int], pad_id: int) -> TokenBatch:

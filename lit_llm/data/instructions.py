@@ -14,9 +14,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lit_llm.data.batch import DistillationBatch, collate_pairs, collate_tokens
+from lit_llm.data.batch import DistillationBatch, SparseTargets, collate_pairs, collate_tokens
 from lit_llm.data.rows import load_rows
 from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
+from lit_llm.data.teacher_store import StoredPart
 from lit_llm.data.tokenized import Encoding, EvaluationPrompt, TokenizedSet, tokenize_rows
 
 Split = Literal["train", "validation", "test"]
@@ -104,6 +105,7 @@ class Instructions(L.LightningDataModule):
         self.bucket, self.drop_last, self.seed = bucket, drop_last, seed
         self.num_workers, self.tokenize_workers = num_workers, tokenize_workers
         self.sets: dict[str, TokenizedSet] = {}
+        self.stored: dict[str, StoredPart] = {}  # what a method has of its teacher on disk, by part
 
     def prepare_data(self) -> None:
         """One process per node tokenises; the others then find the result in the cache."""
@@ -134,7 +136,7 @@ class Instructions(L.LightningDataModule):
             drop_last=self.drop_last,
             bucket=self.bucket,
         )
-        return StepLoader(self._batches(examples), sampler, num_workers=self.num_workers)
+        return StepLoader(self._batches("train"), sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._evaluation_loader("validation")
@@ -157,7 +159,7 @@ class Instructions(L.LightningDataModule):
             return []
         examples = self.sets[split]
         sampler = self._sampler(examples, batch_size=self.eval_batch_size, bucket=len(examples))
-        return DataLoader(self._batches(examples), sampler=sampler, batch_size=None, generator=torch.Generator())
+        return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def _sampler(self, examples: TokenizedSet, **settings) -> StepSampler:
         return StepSampler(
@@ -169,9 +171,14 @@ class Instructions(L.LightningDataModule):
             **settings,
         )
 
-    def _batches(self, examples: TokenizedSet) -> InstructionBatches:
+    def _batches(self, split: Split) -> InstructionBatches:
         student, teacher = self._tokenizers()
-        return InstructionBatches(examples, student.pad_token_id, None if teacher is None else teacher.pad_token_id)
+        return InstructionBatches(
+            self.sets[split],
+            student.pad_token_id,
+            None if teacher is None else teacher.pad_token_id,
+            self.stored.get(split),
+        )
 
     def _tokenized(self, split: Split) -> TokenizedSet:
         rows = load_rows(self.sources[split], self.columns, ("prompt", "response"))
@@ -198,8 +205,15 @@ class Instructions(L.LightningDataModule):
 class InstructionBatches:
     """The finished batch of a `MicroBatch`, for a DataLoader's workers."""
 
-    def __init__(self, examples: TokenizedSet, student_pad: int, teacher_pad: int | None) -> None:
+    def __init__(
+        self,
+        examples: TokenizedSet,
+        student_pad: int,
+        teacher_pad: int | None,
+        stored: StoredPart | None = None,
+    ) -> None:
         self.examples, self.student_pad, self.teacher_pad = examples, student_pad, teacher_pad
+        self.stored = stored
 
     def __getitem__(self, micro: MicroBatch) -> DistillationBatch:
         rows = [self.examples[example] for example in micro.examples]
@@ -214,6 +228,8 @@ class InstructionBatches:
             pair_student_A, pair_teacher_A = collate_pairs(
                 student, teacher, [row["pair_student"] for row in rows], [row["pair_teacher"] for row in rows]
             )
+        said = None if self.stored is None else self.stored.read(micro.examples)
+        sparse = isinstance(said, SparseTargets)
         return DistillationBatch(
             student=student,
             teacher=teacher,
@@ -223,6 +239,8 @@ class InstructionBatches:
             step_pairs=micro.step_pairs,
             num_tokens=sum(len(row["student_ids"]) for row in rows),
             examples=micro.examples,
+            teacher_hidden=None if sparse else said,
+            teacher_top=said if sparse else None,
         )
 
 

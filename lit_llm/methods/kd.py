@@ -6,9 +6,11 @@ from typing import Optional
 
 from torch import Tensor
 
-from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.batch import DistillationBatch, SparseTargets
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, distillation
+from lit_llm.losses.sparse_teacher import sparse_distillation
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.models.language_model import ModelSpec
@@ -27,6 +29,7 @@ class KD(Distillation):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     def __init__(
@@ -38,13 +41,23 @@ class KD(Distillation):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, teacher_store)
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
             )
+        if teacher_store is not None and teacher_store.top_k is not None and divergence.name != "forward_kl":
+            raise ValueError(
+                f"model.teacher_store.top_k is {teacher_store.top_k}, but model.divergence.name is {divergence.name!r}, "
+                "which needs the teacher's whole distribution. Set divergence.name: forward_kl, or leave top_k out."
+            )
         self.kd_weight, self.divergence = kd_weight, divergence
+
+    @property
+    def stored_temperature(self) -> float:
+        return self.divergence.temperature * self.divergence.teacher_temperature
 
     def configure_model(self) -> None:
         if self.teacher_tokenizer is not None:
@@ -56,7 +69,11 @@ class KD(Distillation):
         super().configure_model()
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
-        terms = self.loss(batch, self.teacher_hidden(batch), self.step_weight(batch, batch.step_tokens))
+        weight = self.step_weight(batch, batch.step_tokens)
+        if batch.teacher_top is None:
+            terms = self.loss(batch, self.teacher_hidden(batch), weight)
+        else:
+            terms = self.loss_to_top(batch, batch.teacher_top, weight)
 
         means = {"ce": terms.ce, "kd": terms.kd, "agreement": terms.agree, "accuracy": terms.correct}
         self.log_step(means, terms.tokens)
@@ -71,6 +88,24 @@ class KD(Distillation):
             teacher_TE,
             self.teacher.head,
             self.divergence,
+            ce_weight=(1 - self.kd_weight) * weight,
+            kd_weight=self.kd_weight * weight,
+            chunk_size=self.loss_chunk,
+        )
+
+    def loss_to_top(self, batch: DistillationBatch, teacher: SparseTargets, weight: float) -> HeadTerms:
+        """The same against the teacher's largest probabilities, the others merged into one."""
+        divergence = self.divergence
+        return sparse_distillation(
+            self.student.hidden(batch.student),
+            self.student.head,
+            batch.student.target_T,
+            teacher.ids_TK,
+            teacher.log_p_TK,
+            teacher.log_rest_T,
+            shared=min(self.student.vocab_size, self.teacher.vocab_size),
+            temperature=divergence.temperature,
+            scale=divergence.temperature**2 if divergence.scale_by_temperature_squared else 1.0,
             ce_weight=(1 - self.kd_weight) * weight,
             kd_weight=self.kd_weight * weight,
             chunk_size=self.loss_chunk,
