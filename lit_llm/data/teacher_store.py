@@ -321,7 +321,7 @@ def encode_top_k(log_p_NV: Tensor, k: int) -> Encoded:
     log_rest_N = tail_NV.logsumexp(-1)
     rest_N, tail_size = log_rest_N.exp(), log_p_NV.shape[-1] - k
     entropy_N = -(tail_NV.exp() * tail_NV.masked_fill(tail_NV == -math.inf, 0.0)).sum(-1)
-    shortfall_N = rest_N * (math.log(tail_size) + log_rest_N.masked_fill(rest_N == 0, 0.0)) - entropy_N
+    shortfall_N = rest_N * (math.log(tail_size) - log_rest_N.masked_fill(rest_N == 0, 0.0)) - entropy_N
     tensors = {"ids": ids_NK.to(torch.int32), "log_p": top_NK, "log_rest": log_rest_N}
     return tensors, {"rest_mass": rest_N, "uniform_tail_error": shortfall_N.clamp(min=0)}
 
