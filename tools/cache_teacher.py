@@ -14,8 +14,11 @@ from lit_llm.training_cli import TrainingCLI
 
 
 def main() -> None:
+    options = sys.argv[1:]
+    if options[:1] != ["cache_teacher"]:  # the processes that Lightning starts beside this one have it
+        options = ["cache_teacher", *options]
     try:
-        TrainingCLI.run(["cache_teacher", *sys.argv[1:]])
+        TrainingCLI.run(options)
     except (ValueError, OSError) as error:
         sys.exit(f"cache_teacher: {error}")
 
