@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lit_llm.data.batch import SparseTargets, TokenBatch, collate_tokens
 from lit_llm.data.tokenized import TokenizedSet
+from lit_llm.losses.divergence import at_least_float32
 from lit_llm.storage import write_atomically
 
 _FORMAT = 1  # raise it when the meaning of a shard changes
@@ -123,11 +124,6 @@ class StoredPart:
         return [number for number in range(len(self.shards)) if self._file(number).name not in names]
 
     @property
-    def recorded(self) -> dict[str, Any]:
-        """The binding as the manifest has it."""
-        return self._found()["binding"]
-
-    @property
     def written(self) -> dict[str, Any]:
         """What the manifest says about a complete part: bytes, dtype of the live states, errors."""
         return self._found()["written"]
@@ -142,7 +138,7 @@ class StoredPart:
     @cached_property
     def _key(self) -> str:
         """In every shard: a manifest that was exchanged by hand does not make foreign shards ours."""
-        return hashlib.sha256(json.dumps(self.recorded, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self._found()["binding"], sort_keys=True).encode()).hexdigest()[:32]
 
     # -------------------------------------------------------------- writing
 
@@ -195,7 +191,7 @@ class StoredPart:
             pieces.append({name: tensor.cpu() for name, tensor in tensors.items()})
             for name, value_N in measures.items():
                 total, largest = totals.get(name, (0.0, 0.0))
-                totals[name] = total + value_N.double().sum().item(), max(largest, value_N.max().item())
+                totals[name] = total + value_N.cpu().double().sum().item(), max(largest, value_N.max().item())
             progress.advance(int(self._rows[batch].sum()))
         whole = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         expected = int(self._rows[members].sum())
@@ -297,16 +293,16 @@ def encode_hidden(hidden_NE: Tensor, dtype: Literal["bfloat16", "float32", "int8
 
     int8 is symmetric with one scale per row: the largest entry becomes 127.
     """
-    exact_NE = hidden_NE.double()
+    exact_NE = at_least_float32(hidden_NE)
     if dtype == "int8":
-        scale_N = (hidden_NE.float().abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        kept_NE = (hidden_NE.float() / scale_N[:, None]).round().to(torch.int8)
+        scale_N = (exact_NE.float().abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        kept_NE = (exact_NE.float() / scale_N[:, None]).round().to(torch.int8)
         tensors = {"hidden": kept_NE, "scale": scale_N}
-        error_NE = kept_NE.double() * scale_N.double()[:, None] - exact_NE
+        error_NE = kept_NE * scale_N[:, None] - exact_NE
     else:
         kept_NE = hidden_NE.to(getattr(torch, dtype))
-        tensors, error_NE = {"hidden": kept_NE}, kept_NE.double() - exact_NE
-    size_N = exact_NE.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+        tensors, error_NE = {"hidden": kept_NE}, kept_NE - exact_NE
+    size_N = exact_NE.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     return tensors, {"relative_error": error_NE.norm(dim=-1) / size_N}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lit_llm.models.language_model import LanguageModel
 from lit_llm.models.teacher_head import TeacherHead
@@ -164,15 +165,20 @@ def test_validate_reads_the_store_and_test_runs_the_teacher(filled):
     assert "test/teacher_rouge_l" in tested.trainer.callback_metrics
 
 
-def test_export_asks_for_no_body_of_the_teacher(tmp_path):
+def test_export_needs_no_body_of_the_teacher_but_refuses_the_head_of_another(tmp_path):
     config = tiny_config(tmp_path, "dskd", max_steps=1)
     options = store_options(tmp_path)
     trained = fit(config, *options)
-    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"broken")
-    flags = ["--config", str(config), "--ckpt_path", "last", *options, "--to", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="no readable model"):  # other weights: the head of the store is not theirs
-        TrainingCLI.run(["export", *flags])
-    assert trained.model.teacher.num_parameters > trained.model.teacher.head.weight_VD.numel()
+    flags = ["export", "--config", str(config), "--ckpt_path", "last", *options]
+    without_weights(tmp_path)
+    TrainingCLI.run([*flags, "--to", str(tmp_path / "out")])
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    live = trained.model.student.model.state_dict()
+    assert exported and all(torch.equal(value, live[name]) for name, value in exported.items())
+
+    (tmp_path / "teacher" / "model.safetensors").write_bytes(b"of another teacher")
+    with pytest.raises(ValueError, match="no readable model"):
+        TrainingCLI.run([*flags, "--to", str(tmp_path / "again")])
 
 
 def test_other_generation_settings_leave_the_teachers_answers_out(tmp_path):
