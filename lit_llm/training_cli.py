@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -85,6 +85,20 @@ class LitTrainer(Trainer):
         else:
             sys.stdout.write(page(plan) + "\n")
 
+    def cache_teacher(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Write the teacher store that the config names, without training."""
+        if getattr(model, "store", None) is None:
+            raise ValueError(
+                "The config names no teacher store, so there is nothing to write. Set model.init_args.teacher_store.folder."
+            )
+        self.callbacks, self.loggers = [_StopBeforeTraining()], []
+        self.fit(model, datamodule=datamodule)
+
+
+class _StopBeforeTraining(Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True  # the store is filled right after this, in the method's own on_fit_start
+
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with run folders, default callbacks and checkpoints found by `--ckpt_path last`."""
@@ -109,7 +123,8 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "plan": {"model", "datamodule"}}
+        ours = ("export", "plan", "cache_teacher")
+        return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in ours}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")

@@ -165,7 +165,9 @@ def _models(pl_module: L.LightningModule) -> dict[str, Any]:
     sizes = {}
     for name, model in {"student": pl_module.student, "teacher": pl_module.teacher}.items():
         if model is not None:
-            sizes[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+            # of a teacher whose hidden states are on disk only the head is here
+            known = getattr(model, "num_parameters", None)
+            sizes[name] = {"parameters": known or sum(parameter.numel() for parameter in model.parameters())}
     sizes["one_tokenizer"] = pl_module.teacher_tokenizer is None
     return sizes
 

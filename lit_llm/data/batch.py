@@ -2,7 +2,7 @@
 
 Shapes: B sequences, L padded positions, T supervised positions of the whole batch (flattened),
 U the same on the teacher's side, A aligned pairs of supervised positions, R rows: one for each sequence, or fewer where
-rows are packed with several sequences.
+rows are packed with several sequences, E the teacher's width, K tokens kept of a distribution.
 
 They are meant as read-only, but not declared `frozen`: Lightning's precision plugins refuse frozen dataclasses.
 """
@@ -58,6 +58,21 @@ class TokenBatch(_Movable):
 
 
 @dataclass
+class SparseTargets(_Movable):
+    """The largest probabilities of a next-token distribution, best first.
+
+    Attributes:
+        ids_TK: tokens, int64.
+        log_p_TK: their log-probabilities.
+        log_rest_T: logarithm of the mass of all other tokens.
+    """
+
+    ids_TK: Tensor
+    log_p_TK: Tensor
+    log_rest_T: Tensor
+
+
+@dataclass
 class DistillationBatch(_Movable):
     """One text as the student and as the teacher read it.
 
@@ -74,6 +89,9 @@ class DistillationBatch(_Movable):
         pieces_student_A: where pairs are groups of tokens, how many of the student's tokens make up each; the pair names
             the first. None where every pair is one token.
         pieces_teacher_A: likewise the teacher's.
+        teacher_hidden: (T, E) or, with two tokenizers, (U, E) last hidden states of the teacher, where a store has
+            them; None: the teacher is to be run.
+        teacher_top: its largest probabilities instead, where a store keeps only these.
     """
 
     student: TokenBatch
@@ -86,6 +104,8 @@ class DistillationBatch(_Movable):
     examples: tuple[int, ...]
     pieces_student_A: Tensor | None = None
     pieces_teacher_A: Tensor | None = None
+    teacher_hidden: Tensor | None = None
+    teacher_top: SparseTargets | None = None
 
 
 def collate_tokens(

@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_llm.data.batch import DistillationBatch, collate_pairs, collate_tokens
+from lit_llm.data.batch import DistillationBatch, SparseTargets, collate_pairs, collate_tokens
 from lit_llm.data.rows import load_rows
 from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
+from lit_llm.data.teacher_store import StoredPart
 from lit_llm.data.tokenized import Alignment, Encoding, EvaluationPrompt, TokenizedSet, tokenize_rows
 
 Split = Literal["train", "validation", "test"]
@@ -128,6 +129,7 @@ class Instructions(L.LightningDataModule):
         self.bucket, self.drop_last, self.seed = bucket, drop_last, seed
         self.num_workers, self.tokenize_workers = num_workers, tokenize_workers
         self.sets: dict[str, TokenizedSet] = {}
+        self.stored: dict[str, StoredPart] = {}  # what a method has of its teacher on disk, by part
 
     def prepare_data(self) -> None:
         """One process per node tokenises; the others then find the result in the cache."""
@@ -162,7 +164,7 @@ class Instructions(L.LightningDataModule):
                 f"train: {len(examples):,} examples in {len(sampler):,} micro-batches per process and epoch, "
                 f"{sampler.fill:.0%} of whose tokens are not padding"
             )
-        return StepLoader(self._batches(examples), sampler, num_workers=self.num_workers)
+        return StepLoader(self._batches("train"), sampler, num_workers=self.num_workers)
 
     def _check_enough(self, examples: TokenizedSet) -> None:
         per_step = self.batch_size * self.trainer.world_size
@@ -209,7 +211,7 @@ class Instructions(L.LightningDataModule):
             return []
         examples = self.sets[split]
         sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
-        return DataLoader(self._batches(examples), sampler=sampler, batch_size=None, generator=torch.Generator())
+        return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def _sampler(self, examples: TokenizedSet, lengths: list[int], **settings) -> StepSampler:
         return StepSampler(
@@ -221,9 +223,14 @@ class Instructions(L.LightningDataModule):
             **settings,
         )
 
-    def _batches(self, examples: TokenizedSet) -> InstructionBatches:
+    def _batches(self, split: Split) -> InstructionBatches:
         student, teacher = self._tokenizers()
-        return InstructionBatches(examples, student.pad_token_id, None if teacher is None else teacher.pad_token_id)
+        return InstructionBatches(
+            self.sets[split],
+            student.pad_token_id,
+            None if teacher is None else teacher.pad_token_id,
+            self.stored.get(split),
+        )
 
     def _tokenized(self, split: Split) -> TokenizedSet:
         rows = load_rows(self.sources[split], self.columns, ("prompt", "response"))
@@ -259,8 +266,15 @@ class Instructions(L.LightningDataModule):
 class InstructionBatches:
     """The finished batch of a `MicroBatch`, for a DataLoader's workers."""
 
-    def __init__(self, examples: TokenizedSet, student_pad: int, teacher_pad: int | None) -> None:
+    def __init__(
+        self,
+        examples: TokenizedSet,
+        student_pad: int,
+        teacher_pad: int | None,
+        stored: StoredPart | None = None,
+    ) -> None:
         self.examples, self.student_pad, self.teacher_pad = examples, student_pad, teacher_pad
+        self.stored = stored
 
     def __getitem__(self, micro: MicroBatch) -> DistillationBatch:
         rows = [self.examples[example] for example in micro.examples]
@@ -283,6 +297,8 @@ class InstructionBatches:
             )
             if "pieces_student" in rows[0]:
                 pieces = tuple(_joined([row[name] for row in rows]) for name in ("pieces_student", "pieces_teacher"))
+        said = None if self.stored is None else self.stored.read(micro.examples)
+        sparse = isinstance(said, SparseTargets)
         return DistillationBatch(
             student=student,
             teacher=teacher,
@@ -294,6 +310,8 @@ class InstructionBatches:
             examples=micro.examples,
             pieces_student_A=pieces[0],
             pieces_teacher_A=pieces[1],
+            teacher_hidden=None if sparse else said,
+            teacher_top=said if sparse else None,
         )
 
 

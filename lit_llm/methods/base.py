@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
-from lit_llm.data.tokenized import Alignment
+from lit_llm.data.tokenized import Alignment, EvaluationPrompt
 from lit_llm.evaluation.rouge import RougeL
 from lit_llm.evaluation.samples import Sample
 from lit_llm.losses.fused_head import cross_entropy
@@ -276,17 +276,23 @@ class Method(L.LightningModule):
         if self.global_step == 0 and self.trainer.state.fn == "fit":
             self._start_answers[stage] = answers
         shown = {"start": self._start_answers.get(stage), "student": answers}
-        if self.teacher is not None:
-            if stage not in self._teacher_results:
-                ids = [prompt.teacher_ids or prompt.student_ids for prompt in prompts]
-                self._teacher_results[stage] = {"answers": ids, "scores": {}}
-                self._teacher_results[stage]["answers"] = self._scored(stage, "teacher_", self.teacher, ids, references)
-            shown["teacher"] = self._teacher_results[stage]["answers"]
-            self.log_dict(self._teacher_results[stage]["scores"], rank_zero_only=False)
+        teacher = self.teacher_result(stage, prompts)
+        if teacher is not None:
+            shown["teacher"] = teacher["answers"]
+            self.log_dict(teacher["scores"], rank_zero_only=False)
         self.samples = [
             Sample(prompts[row].text, references[row][0], {who: texts[row] for who, texts in shown.items() if texts})
             for row in range(min(self.generation.shown, len(prompts)))
         ]
+
+    def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:
+        """The teacher's answers and their scores, made once; None without a teacher."""
+        if self.teacher is not None and stage not in self._teacher_results:
+            ids = [prompt.teacher_ids or prompt.student_ids for prompt in prompts]
+            self._teacher_results[stage] = {"answers": ids, "scores": {}}
+            answers = self._scored(stage, "teacher_", self.teacher, ids, [prompt.references for prompt in prompts])
+            self._teacher_results[stage]["answers"] = answers
+        return self._teacher_results.get(stage)
 
     def _scored(self, stage: str, who: str, model: LanguageModel, prompts, references) -> list[str]:
         """Answers at the first temperature; logs the mean ROUGE-L of every temperature over its seeds."""

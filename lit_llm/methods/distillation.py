@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.teacher_store import TeacherStore
+from lit_llm.data.tokenized import EvaluationPrompt
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, cross_entropy, distillation
 from lit_llm.methods.base import Generation, Method, Optimization
 from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
+from lit_llm.methods.stored_teacher import StoredTeacher
 from lit_llm.models.language_model import Frozen, ModelSpec
+from lit_llm.models.teacher_head import TeacherHead
 
 _EVALUATION_CACHE_BYTES = 512 * 2**20
 
@@ -28,7 +33,11 @@ class Distillation(Method):
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
         on_policy: compare on answers that the student samples. None: on the data alone.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
+
+    needs_teacher_embedding = False  # whether a method reads the teacher's input embedding
+    stored_temperature = 1.0  # of the probabilities that a store with `top_k` keeps
 
     def __init__(
         self,
@@ -38,17 +47,33 @@ class Distillation(Method):
         generation: Generation = Generation(),
         loss_chunk: int | None = None,
         on_policy: OnPolicy | None = None,
+        teacher_store: TeacherStore | None = None,
     ) -> None:
         super().__init__(student, optimization, generation, loss_chunk)
+        if teacher_store is not None and teacher.lora is not None:
+            raise ValueError(
+                f"model.teacher_store.folder is {teacher_store.folder!r}, but model.teacher.lora is set, whose adapters "
+                "start at random and are never trained. Leave model.teacher.lora out."
+            )
+        if teacher_store is not None and on_policy is not None:
+            raise ValueError(
+                f"model.teacher_store.folder is {teacher_store.folder!r} and model.on_policy is set, but a store knows "
+                "nothing of answers that are still to be sampled. Leave one of the two out."
+            )
         self.teacher_spec = teacher
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
+        self.store = None if teacher_store is None else StoredTeacher(teacher_store, self)
         self._evaluated_hidden: dict[tuple, Tensor] = {}
         self._evaluated_terms: dict[tuple, HeadTerms] = {}
 
     def configure_model(self) -> None:
         super().configure_model()
         if self.frozen_teacher is None:
-            self.frozen_teacher = Frozen(self.teacher_spec.load())
+            self.frozen_teacher = Frozen(self.teacher_spec.load() if self.store is None else self.store.open())
+
+    def on_fit_start(self) -> None:
+        if self.store is not None:
+            self.store.fill()
 
     @cached_property
     def teacher_tokenizer(self):
@@ -59,6 +84,8 @@ class Distillation(Method):
     @torch.no_grad()
     def teacher_hidden(self, batch: DistillationBatch) -> Tensor:
         """(T, E) the teacher's last hidden states at the student's supervised positions, or (U, E) at its own."""
+        if batch.teacher_hidden is not None:
+            return batch.teacher_hidden.to(self.store.hidden_dtype)
         return self.teacher.hidden(batch.student if batch.teacher is None else batch.teacher)
 
     def compared(self, batch: DistillationBatch) -> Compared:
@@ -123,6 +150,8 @@ class Distillation(Method):
 
     def evaluated_teacher_hidden(self, batch: DistillationBatch, stage: str) -> Tensor:
         """The same during evaluation, where the batches come again and the teacher need not."""
+        if batch.teacher_hidden is not None:
+            return self.teacher_hidden(batch)
         key = (stage, batch.examples)
         if key not in self._evaluated_hidden:
             hidden = self.teacher_hidden(batch)
@@ -141,6 +170,11 @@ class Distillation(Method):
             )
         terms = self._evaluated_terms[key]
         self.log_means(stage, {"teacher_loss": terms.ce, "teacher_accuracy": terms.correct}, terms.tokens)
+
+    def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:
+        if isinstance(self.teacher, TeacherHead):
+            return self.store.answers(prompts)
+        return super().teacher_result(stage, prompts)
 
     def identity(self) -> dict:
         return {**super().identity(), "teacher": str(self.teacher_spec.source or self.teacher_spec.config)}

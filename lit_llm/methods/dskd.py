@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.vocabulary import shared_tokens, teacher_to_student_ids
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
@@ -51,6 +52,7 @@ class DSKD(Distillation):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
         on_policy: compare on answers that the student samples: without mask, on the teacher's predictions (arXiv
             2504.11426). None: on the data alone.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     def __init__(
@@ -64,11 +66,17 @@ class DSKD(Distillation):
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
         on_policy: Optional[OnPolicy] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy, teacher_store)
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
+            )
+        if teacher_store is not None and teacher_store.top_k is not None:
+            raise ValueError(
+                f"model.teacher_store.top_k is {teacher_store.top_k}, but DSKD maps the teacher's hidden states, which "
+                "such a store does not hold. Leave top_k out, or use KD."
             )
         self.kd_weight, self.divergence, self.projectors = kd_weight, divergence, projectors
         self.t2s: Projector | None = None
@@ -85,6 +93,10 @@ class DSKD(Distillation):
     @property
     def uses_attention(self) -> bool:
         return self.teacher_tokenizer is not None and self.settings.across_tokenizers == "cma"
+
+    @property
+    def needs_teacher_embedding(self) -> bool:
+        return self.uses_attention
 
     @cached_property
     def dual_space(self) -> DualSpace:

@@ -7,9 +7,11 @@ from typing import Optional
 
 from torch import Tensor
 
-from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.batch import DistillationBatch, SparseTargets
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, distillation
+from lit_llm.losses.sparse_teacher import sparse_distillation
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.on_policy import OnPolicy
@@ -30,6 +32,7 @@ class KD(Distillation):
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
         on_policy: compare on answers that the student samples. None: on the data alone.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     def __init__(
@@ -42,13 +45,23 @@ class KD(Distillation):
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
         on_policy: Optional[OnPolicy] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, on_policy, teacher_store)
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."
             )
+        if teacher_store is not None and teacher_store.top_k is not None and divergence.name != "forward_kl":
+            raise ValueError(
+                f"model.teacher_store.top_k is {teacher_store.top_k}, but model.divergence.name is {divergence.name!r}, "
+                "which needs the teacher's whole distribution. Set divergence.name: forward_kl, or leave top_k out."
+            )
         self.kd_weight, self.divergence = kd_weight, divergence
+
+    @property
+    def stored_temperature(self) -> float:
+        return self.divergence.temperature * self.divergence.teacher_temperature
 
     def configure_model(self) -> None:
         if self.teacher_tokenizer is not None:
@@ -61,15 +74,17 @@ class KD(Distillation):
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         compared = self.compared(batch)
-        ce_weight = (1 - self.kd_weight) * self.step_weight(batch, batch.step_tokens)
-        kd_weight = self.kd_weight * self.step_weight(batch, compared.tokens)
-        data_loss = self.data_loss(batch, ce_weight) if compared.sampled else 0.0
-        terms = self.loss(
-            compared.batch,
-            self.teacher_hidden(compared.batch),
-            ce_weight=0.0 if compared.sampled else ce_weight,
-            kd_weight=kd_weight,
-        )
+        weights = {
+            "ce_weight": (1 - self.kd_weight) * self.step_weight(batch, batch.step_tokens),
+            "kd_weight": self.kd_weight * self.step_weight(batch, compared.tokens),
+        }
+        data_loss = 0.0
+        if compared.sampled:
+            data_loss, weights["ce_weight"] = self.data_loss(batch, weights["ce_weight"]), 0.0
+        if batch.teacher_top is None:
+            terms = self.loss(compared.batch, self.teacher_hidden(compared.batch), **weights)
+        else:
+            terms = self.loss_to_top(batch, batch.teacher_top, **weights)
 
         self.log_step({"kd": terms.kd, "agreement": terms.agree}, terms.tokens)
         if not compared.sampled:
@@ -99,6 +114,26 @@ class KD(Distillation):
         }
         weights = {"ce": 1 - self.kd_weight, "kd": self.kd_weight}
         return {name: term for name, term in terms.items() if weights[name] > 0}
+
+    def loss_to_top(
+        self, batch: DistillationBatch, teacher: SparseTargets, *, ce_weight: float, kd_weight: float
+    ) -> HeadTerms:
+        """The same against the teacher's largest probabilities, the others merged into one."""
+        divergence = self.divergence
+        return sparse_distillation(
+            self.student.hidden(batch.student),
+            self.student.head,
+            batch.student.target_T,
+            teacher.ids_TK,
+            teacher.log_p_TK,
+            teacher.log_rest_T,
+            shared=min(self.student.head.num_rows, self.teacher.head.num_rows),
+            temperature=divergence.temperature,
+            scale=divergence.temperature**2 if divergence.scale_by_temperature_squared else 1.0,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            chunk_size=self.loss_chunk,
+        )
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         hidden = self.evaluated_teacher_hidden(batch, stage)

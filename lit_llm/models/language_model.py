@@ -171,6 +171,10 @@ class LanguageModel(nn.Module):
         return self.transformer.get_output_embeddings().out_features
 
     @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
     def head(self) -> Head:
         """The output head with its live weight, without the rows that `trim_head` leaves out."""
         layer, config = self.transformer.get_output_embeddings(), self.transformer.config.get_text_config()

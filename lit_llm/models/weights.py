@@ -1,0 +1,89 @@
+"""Names the weights of a model by their content, without building it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lit_llm.models import sources
+from lit_llm.storage import cache_folder, write_atomically
+
+_BLOCK = 2**22
+
+
+def source_digests(source: str) -> tuple[str | None, str | None]:
+    """sha256 of a source's weight files and of its config.json, each None where this machine does not have it.
+
+    Nothing is downloaded, except that a package is made. A file is read once: its hash is kept in the cache under
+    its path, size and time of change.
+
+    Args:
+        source: a hub id, a local folder, or `package:NAME`.
+    """
+    folder = _local_folder(source)
+    if folder is None:
+        return None, None
+    files = _weight_files(folder)
+    weights = hashlib.sha256("\n".join(_file_digest(file) for file in files).encode()).hexdigest() if files else None
+    config = folder / "config.json"
+    return weights, _config_digest(config) if config.is_file() else None
+
+
+def state_digest(model: nn.Module) -> str:
+    """sha256 of names, types, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _local_folder(source: str) -> Path | None:
+    place = Path(sources.locate(source))
+    if place.is_dir():
+        return place
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read, or none when some are not there."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / name]
+        if all(file.is_file() for file in files):
+            return files
+    return []
+
+
+def _file_digest(file: Path) -> str:
+    real = file.resolve()
+    state = real.stat()
+    name = hashlib.sha256(f"{real} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
+    kept = cache_folder() / "sha256" / name
+    if kept.is_file():
+        return kept.read_text()
+    digest = hashlib.sha256()
+    with real.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    write_atomically(kept, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _config_digest(file: Path) -> str:
+    fields = json.loads(file.read_text())
+    fields.pop("transformers_version", None)  # says who wrote it, not what it means
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
