@@ -21,7 +21,7 @@ from lit_llm.models.teacher_head import TeacherHead, head_key, keep_head, load_h
 from lit_llm.models.weights import source_digests, state_digest
 from lit_llm.storage import write_atomically
 
-_TEACHER_FIELDS = ("weights", "config", "keep_layers", "dtype", "attention")
+_TEACHER_FIELDS = ("weights", "config", "keep_layers", "dtype", "attention", "trim_head", "quantization")
 
 
 class StoredTeacher:
@@ -125,7 +125,8 @@ class StoredTeacher:
             weights, config = state_digest(model.model), _digest(spec.config)
         else:
             weights, config = source_digests(spec.source)
-        values = (weights or UNKNOWN, config or UNKNOWN, spec.keep_layers, spec.dtype, spec.attention)
+        held = (spec.keep_layers, spec.dtype, spec.attention, spec.trim_head, spec.quantization)
+        values = (weights or UNKNOWN, config or UNKNOWN, *held)
         return {f"teacher.{name}": value for name, value in zip(_TEACHER_FIELDS, values, strict=True)}
 
     def _reading(self, data) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class NarrowModel(nn.Module):
         return Head(self.weight, self.bias, None if self.softcap is None else 1e4)
 
     @property
+    def trains_head(self) -> bool:
+        return self.weight.requires_grad
+
+    @property
     def input_embedding(self) -> Tensor:
         return self.weight
 
@@ -133,6 +137,7 @@ def _measured(
 def _twin(method: Method, student: FakeModel, teacher: FakeModel | None, widths: list[int]) -> Method:
     """The same method around narrow models, without a trainer."""
     twin = copy.copy(method)
+    twin.rollouts = None  # as many answers are compared, of other lengths; the data stand for them
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         twin.__dict__[name] = copy.copy(method.__dict__[name])
     for name in ("_evaluated_hidden", "_evaluated_terms"):

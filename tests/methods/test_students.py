@@ -78,10 +78,9 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_single_ones(tmp_path, na
 
     def gradients(row_sizes):
         batch = batch_of("cross" in name, row_sizes)
-        settings = (1.0,) if name == "kd" else ()
-        more = {} if name == "kd" else {"ce_weight": 0.5, "kd_denominator": 3.0}
+        more = {"kd_weight": 0.5} if name == "kd" else {"kd_denominator": 3.0}
         method.zero_grad()
-        loss = method.loss(batch, method.teacher_hidden(batch), *settings, **more).loss
+        loss = method.loss(batch, method.teacher_hidden(batch), ce_weight=0.5, **more).loss
         loss.backward()
         return loss.detach(), {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
 

@@ -85,7 +85,7 @@ def loss_and_gradients(name: str, folders, kind: str, **settings):
 
         loss = cross_entropy(method.student.hidden(ours.student), method.student.head, ours.student.target_T).loss
     elif name.startswith("kd"):
-        loss = method.loss(ours, method.teacher_hidden(ours), 1.0).loss
+        loss = method.loss(ours, method.teacher_hidden(ours), ce_weight=0.5, kd_weight=0.5).loss
     else:
         method._trainer = type("T", (), {"global_step": 0})()
         loss = method.loss(ours, method.teacher_hidden(ours), ce_weight=0.5, kd_denominator=1.0).loss
