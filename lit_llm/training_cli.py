@@ -5,7 +5,10 @@ A run lives in `ROOT/NAME/version_N`: config, TensorBoard events, metrics.csv, c
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import shutil
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
+from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
 
@@ -128,6 +132,12 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")
+        parser.add_argument(
+            "--compile_loss",
+            type=Optional[bool],
+            default=None,
+            help="compile the elementwise parts of the losses: half a minute at the first step; None: where a GPU is used",
+        )
         parser.add_argument("--vars", type=dict, default={}, help="values for ${vars.NAME} in a config")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
@@ -139,6 +149,7 @@ class TrainingCLI(LightningCLI):
                 "trainer.use_distributed_sampler is true, but the DataModules divide the data among ranks themselves "
                 "(they must know the tokens of a whole optimizer step). Leave it at false."
             )
+        compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run folder keeps the config that it was trained with
@@ -208,6 +219,25 @@ def _planned(settings, trainer: Trainer):
         on_gpu=on_gpu,
         notes=notes,
     )
+
+
+def _may_compile(wanted: bool | None, accelerator: str) -> bool:
+    """Whether the losses are compiled: as said, or else where there is a GPU and a compiler for it.
+
+    Raises:
+        ValueError: it is said, and there is no compiler.
+    """
+    if wanted is False:
+        return False
+    on_gpu = torch.cuda.is_available() and accelerator != "cpu"
+    if on_gpu:
+        found, missing = importlib.util.find_spec("triton") is not None, "the package triton"
+    else:
+        compiler = os.environ.get("CXX", "g++")
+        found, missing = shutil.which(compiler) is not None, f"a C++ compiler ({compiler})"
+    if wanted and not found:
+        raise ValueError(f"compile_loss is true, but {missing} was not found. Install it, or leave compile_loss out.")
+    return found if wanted else on_gpu and found
 
 
 def _config_name(config) -> str | None:

@@ -194,3 +194,15 @@ def test_settings_of_the_hybrid_are_refused_without_it(tmp_path, capfd):
     assert "model.hybrid is false" in fit_message(capfd, config, "--model.init_args.beta=0.3")
     text = fit_message(capfd, config, "--model.init_args.hybrid=true", "--model.init_args.matched_weight=0.3")
     assert "matched_weight is 0.3" in text and "unmatched_weight is None" in text
+
+
+def test_compiling_without_a_compiler_names_what_is_missing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    text = fit_message(capfd, tiny_config(tmp_path, "kd"), "--compile_loss=true")
+    assert "compile_loss is true" in text and "no-such-compiler" in text
+
+
+def test_a_store_and_sampled_answers_exclude_each_other(tmp_path, capfd):
+    config = tiny_config(tmp_path, "kd_sampled")
+    text = fit_message(capfd, config, f"--model.init_args.teacher_store.folder={tmp_path / 'store'}")
+    assert "model.teacher_store.folder" in text and "model.on_policy" in text

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import torch
 
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.logit_gradient import token_terms
+from lit_llm.losses.logit_gradient import compile_elementwise, token_terms
 from tests.losses.test_divergence import NAMES, SHARES, by_definition, logits, value_and_gradient
 from tests.losses.watch import LargestTensor
 
@@ -132,6 +133,24 @@ def test_half_precision_logits_are_computed_in_single():
     full, full_CV = formed(student_CV.float(), teacher_NS=teacher_CV.float(), divergence=Divergence())
     assert terms.kd.dtype == gradient_CV.dtype == torch.float32
     torch.testing.assert_close((terms.kd, gradient_CV), (full.kd, full_CV), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["forward_kl", "adaptive_kl"])
+def test_compiled_parts_give_the_same_numbers_for_chunks_of_every_size(name):
+    divergence = Divergence(name=name)
+    try:
+        for rows in (6, 3, 1):
+            student_CV, teacher_CV = (side.float() for side in logits(num_tokens=rows, vocabulary=300))
+            options = {"target_C": torch.arange(rows), "teacher_NS": teacher_CV, "divergence": divergence}
+            compile_elementwise(False)
+            plain, plain_CV = formed(student_CV, **options)
+            compile_elementwise(True)
+            compiled, compiled_CV = formed(student_CV, **options)
+            torch.testing.assert_close((compiled.ce, compiled.kd), (plain.ce, plain.kd), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(compiled_CV, plain_CV, rtol=1e-5, atol=1e-7)
+    finally:
+        compile_elementwise(False)
 
 
 def test_no_graph_is_recorded():

@@ -1,0 +1,56 @@
+"""The bench runs its contenders in processes of their own, compares their numbers, and voids those that are wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+@pytest.mark.parametrize("suite", ["kd", "dskd"])
+def test_ours_and_plain_pytorch_agree_and_the_others_say_what_they_need(suite, tmp_path):
+    names = ["lit_llm", "lit_llm store", "plain PyTorch"]
+    out = tmp_path / "rows.jsonl"
+    done = bench(
+        *(suite, "--setting", "tiny", "--steps", "2", "--warmup", "1", "--threads", "1", "--out", str(out)),
+        *("--only", *names),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["contender"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == set(names)
+    for row in rows.values():
+        assert row["loss gap"] < 1e-5 and row["gradient gap"] < 1e-4 and row["tokens/s"] > 0 and "void" not in row
+    assert rows["lit_llm"]["our speed-up"] == 1
+
+
+def test_a_contender_that_computes_something_else_is_void():
+    import bench as module
+
+    rows = [
+        {"contender": "lit_llm", "loss": 1.0, "gradient norm": 2.0, "tokens/s": 5.0, "median s/step": 1.0},
+        {"contender": "plain PyTorch", "loss": 1.0, "gradient norm": 2.0, "tokens/s": 5.0, "median s/step": 2.0},
+        {"contender": "wrong loss", "loss": 1.0001, "gradient norm": 2.0, "tokens/s": 9.0, "median s/step": 0.1},
+        {"contender": "wrong gradient", "loss": 1.0, "gradient norm": 2.001, "tokens/s": 9.0, "median s/step": 0.1},
+    ]
+    rows = [{**row, "best s/step": row["median s/step"], "extra MB": 1.0} for row in rows]
+    module._judge(rows, {row["contender"]: "kl" for row in rows})
+    assert [row.get("void") for row in rows] == [None, None, "void", "void"]
+    assert rows[2]["tokens/s"] is None and rows[1]["our speed-up"] == 2.0
+
+
+def test_a_missing_checkout_is_said_by_row():
+    done = bench(
+        "dskd", "--setting", "tiny", "--steps", "1", "--warmup", "0", "--threads", "1", "--only", "DSKDv2 code"
+    )
+    assert done.returncode == 0 and "skipped: --dskdv2 CHECKOUT" in done.stdout
