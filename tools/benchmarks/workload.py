@@ -100,7 +100,7 @@ class Workload:
     def language_models(self) -> tuple[LanguageModel, LanguageModel]:
         """Student and teacher as lit_llm holds them."""
         tokenizer = _tokenizer()
-        return LanguageModel(self.student, tokenizer), LanguageModel(self.teacher, tokenizer)
+        return LanguageModel(self.student, tokenizer, False), LanguageModel(self.teacher, tokenizer, False)
 
 
 def closed_form(head_from_VX: Tensor, head_into_VY: Tensor) -> Tensor:
