@@ -64,9 +64,8 @@ def stepped(given: argparse.Namespace) -> list[dict]:
     measured: dict[str, list[dict]] = {name: [] for name in workers}
     for turn in range(given.warmup + given.steps):
         for name, worker in workers.items():
-            answer = worker.step()
-            if turn >= given.warmup:
-                measured[name].append(answer)
+            answer = worker.step("memory" if turn < given.warmup else "time")
+            measured[name].append(answer | {"timed": turn >= given.warmup})
     for worker in workers.values():
         worker.stop()
     rows = [_row(name, steps, SETTINGS[given.setting].positions) for name, steps in measured.items()]
@@ -89,8 +88,9 @@ class Worker:
         )
         self._read()
 
-    def step(self) -> dict:
-        self.process.stdin.write("step\n")
+    def step(self, kind: str) -> dict:
+        """One step that is timed, or whose memory is measured."""
+        self.process.stdin.write(kind + "\n")
         self.process.stdin.flush()
         return self._read()
 
@@ -114,7 +114,7 @@ def table(rows: list[dict]) -> str:
 
 
 def _row(name: str, steps: list[dict], positions: int) -> dict:
-    seconds = [step["seconds"] for step in steps]
+    seconds = [step["seconds"] for step in steps if step["timed"]]
     return {
         "contender": name,
         "tokens/s": positions / statistics.median(seconds),
@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("suite", choices=("kd", "dskd", "startup", "data"))
     parser.add_argument("--setting", default="A", help="sizes: A (32,000 tokens), B (151,936) or tiny")
     parser.add_argument("--steps", type=int, default=8, help="measured steps per contender")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before that")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before that, at least 1, which measure memory")
     parser.add_argument("--only", nargs="*", help="names of contenders")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

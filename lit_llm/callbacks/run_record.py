@@ -152,7 +152,7 @@ def _versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # an optional one
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with its build, such as +cu130
 
 
 def _device_names(device: torch.device) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import Head, paired_first, sum_over_chunks
 from lit_llm.losses.logit_gradient import Formed, token_terms
+from lit_llm.losses.scratch import best_tokens
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,15 @@ def teacher_space(
     def chunk(rows: Sequence[Tensor], _: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         index_C, teacher_CE, projected_CE = rows
         with torch.no_grad():
-            teacher_CW = fixed(teacher_CE)
-            prediction_C = teacher_CW.argmax(-1)
+            teacher_CW = fixed.chunk(teacher_CE, "teacher")
+            prediction_C = best_tokens(teacher_CW)
         if settings.teacher_target == "teacher":
             label_A[index_C] = _mapped(prediction_C, teacher_to_student_W, num_student)
         if settings.spaces == "student":
             nothing = projected_CE.new_zeros(())
             return Formed(nothing), [nothing, nothing]
         terms = token_terms(
-            projected_fixed(projected_CE),
+            projected_fixed.chunk(projected_CE, "student"),
             counted_C=None if every_row_counts else label_A[index_C] >= 0,
             teacher_NS=teacher_CW,
             divergence=settings.teacher_space,
@@ -124,7 +125,9 @@ def projected_teacher(
             nothing = projected_CD.new_zeros(())
             return Formed(nothing), [nothing]
         has_label_C = label_C >= 0
-        terms = token_terms(fixed(projected_CD), target_C=label_C.clamp(min=0), counted_C=has_label_C, consume=True)
+        terms = token_terms(
+            fixed.chunk(projected_CD, "student"), target_C=label_C.clamp(min=0), counted_C=has_label_C, consume=True
+        )
         best_A[index_C] = terms.best_C
         return terms.formed, [terms.ce]
 
@@ -179,7 +182,7 @@ def student_space(
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         student_CD, gold_C, label_C, projected_ND = rows
         with torch.no_grad():
-            projected_NV = fixed(projected_ND)
+            projected_NV = fixed.chunk(projected_ND, "teacher")
         terms = token_terms(
             heads[0](student_CD),
             target_C=gold_C,

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from lit_llm.losses.divergence import Divergence, all_finite, at_least_float32
 from lit_llm.losses.logit_gradient import Formed, token_terms
+from lit_llm.losses.scratch import best_tokens, scratch
 
 _CHUNK_BYTES = 512 * 2**20
 _BYTES_PER_LOGIT = 24
@@ -42,6 +43,15 @@ class Head(NamedTuple):
     def __call__(self, hidden_TD: Tensor) -> Tensor:
         """(T, D) -> (T, V) logits."""
         return self.shaped(linear(hidden_TD.to(self.weight_VD.dtype), self.weight_VD, self.bias_V))
+
+    def chunk(self, hidden_CD: Tensor, name: str) -> Tensor:
+        """(C, D) -> (C, V) logits of a chunk, in the scratch memory of that name where they are the product itself."""
+        nothing = torch.zeros((), device=self.weight_VD.device)
+        return self.shaped(
+            _ChunkLinear.apply(
+                hidden_CD.to(self.weight_VD.dtype), nothing, self.weight_VD.detach(), self.bias_V, None, name
+            )
+        )
 
     def shaped(self, logits_TV: Tensor) -> Tensor:
         """What the architecture does to the product: scaling, soft-capping."""
@@ -160,8 +170,8 @@ def distillation(
     def chunk(rows: Sequence[Tensor], heads: Sequence[Head]) -> tuple[Formed, list[Tensor]]:
         student_CD, teacher_CE, target_C = rows
         with torch.no_grad():
-            teacher_CV = teacher_head(teacher_CE)
-            teacher_best_C = teacher_CV.argmax(-1)
+            teacher_CV = teacher_head.chunk(teacher_CE, "teacher")
+            teacher_best_C = best_tokens(teacher_CV)
         terms = token_terms(
             heads[0](student_CD),
             target_C=target_C,
@@ -263,8 +273,10 @@ class _SumOverChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
+        # asking for the value is free where it need not be waited for, and spares a copy of the head's gradient
+        as_it_is = grad_loss.device.type == "cpu" and grad_loss == 1
         gradients = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
+            None if gradient is None else (gradient if as_it_is else gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (None, None, None, None, None, *gradients)
@@ -276,48 +288,63 @@ class _LiveHead:
     def __init__(self, head: Head) -> None:
         self.head = head.detach().in_compute_dtype()
         self.num_rows = head.num_rows
-        self.totals = [
-            torch.zeros_like(p, dtype=_accumulator(p)) if p.requires_grad else None for p in head.parameters()
-        ]
+        self.trained = [parameter if parameter.requires_grad else None for parameter in head.parameters()]
+        self.totals: list[Tensor | None] = [None] * len(self.trained)
         # frozen hidden states alone would not call for a backward pass
-        wanted = any(total is not None for total in self.totals)
+        wanted = any(parameter is not None for parameter in self.trained)
         self.trigger = torch.zeros((), device=self.head.weight_VD.device, requires_grad=wanted)
 
     def __call__(self, hidden_CD: Tensor) -> Tensor:
-        hidden_CD = hidden_CD.to(self.head.weight_VD.dtype)
         if not self.trigger.requires_grad:
-            return self.head(hidden_CD)
-        totals = (*self.totals, None)[:2]
+            return self.head.chunk(hidden_CD, "student")
+        hidden_CD = hidden_CD.to(self.head.weight_VD.dtype)
         return self.head.shaped(
-            _AddingLinear.apply(hidden_CD, self.trigger, self.head.weight_VD, self.head.bias_V, *totals)
+            _ChunkLinear.apply(hidden_CD, self.trigger, self.head.weight_VD, self.head.bias_V, self, "student")
         )
 
+    def add(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
+        """Add what a chunk contributes to the gradients of weight and bias."""
+        weight_VD, bias_V = (*self.trained, None)[:2]
+        if weight_VD is not None:
+            dtype, total_VD = _accumulator(weight_VD), self.totals[0]
+            if total_VD is None and gradient_CV.dtype == dtype:
+                self.totals[0] = gradient_CV.T @ hidden_CD
+            elif total_VD is not None and gradient_CV.dtype == dtype:
+                total_VD.addmm_(gradient_CV.T, hidden_CD)
+            else:
+                self.totals[0] = _sum(total_VD, (gradient_CV.T @ hidden_CD).to(dtype))
+        if bias_V is not None:
+            self.totals[1] = _sum(self.totals[1], gradient_CV.sum(0, dtype=_accumulator(bias_V)))
+
     def gradients(self) -> list[Tensor | None]:
-        return self.totals
+        return [
+            torch.zeros_like(parameter) if parameter is not None and total is None else total
+            for parameter, total in zip(self.trained, self.totals, strict=True)
+        ]
 
 
-class _AddingLinear(torch.autograd.Function):
-    """A linear layer whose backward adds the gradient of its weight to a running total, without a tensor of its own."""
+class _ChunkLinear(torch.autograd.Function):
+    """A linear layer that writes to scratch memory, and whose backward hands the gradient of its weight to a live head."""
 
     @staticmethod
-    def forward(ctx, hidden_CD, trigger, weight_VD, bias_V, weight_total_VD, bias_total_V):
+    def forward(ctx, hidden_CD, trigger, weight_VD, bias_V, live, name):
         ctx.save_for_backward(hidden_CD, weight_VD)
-        ctx.totals = weight_total_VD, bias_total_V
-        return linear(hidden_CD, weight_VD, bias_V)
+        ctx.live = live
+        out_CV = scratch(name, hidden_CD, (len(hidden_CD), len(weight_VD)))
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+        return out_CV if bias_V is None else out_CV.add_(bias_V)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_CV):
         hidden_CD, weight_VD = ctx.saved_tensors
-        weight_total_VD, bias_total_V = ctx.totals
-        if weight_total_VD is not None and weight_total_VD.dtype == gradient_CV.dtype:
-            weight_total_VD.addmm_(gradient_CV.T, hidden_CD)
-        elif weight_total_VD is not None:
-            weight_total_VD += gradient_CV.T @ hidden_CD
-        if bias_total_V is not None:
-            bias_total_V += gradient_CV.sum(0)
-        hidden_gradient = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
-        return hidden_gradient, None, None, None, None, None
+        if ctx.live is not None:
+            ctx.live.add(gradient_CV, hidden_CD)
+        return gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None, None, None, None, None, None
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _value(loss: Tensor | Formed) -> Tensor:

@@ -23,10 +23,10 @@ from lit_llm.losses.divergence import (
     Divergence,
     adaptive_weights,
     all_finite,
-    at_least_float32,
     log_mixture,
     log_softmax,
 )
+from lit_llm.losses.scratch import best_tokens, scratch
 
 _BY_AUTOGRAD = ("hierarchical_ranking",)
 _compiled = False
@@ -109,23 +109,24 @@ def token_terms(
         teacher_NS: logits of the teacher for the first N rows and S columns; None: no divergence.
         divergence: compares with the teacher.
         kd_weight: of the divergence sum.
-        consume: both logits may be overwritten, which saves memory; whoever made them must not need their values again.
+        consume: both logits may be overwritten, and the gradient is used before the next call, which overwrites it. Saves
+            memory and its first touch.
     """
     wanted = logits_CV.requires_grad
-    original_CV, logits_CV = logits_CV, _owned(logits_CV.detach(), consume)
+    original_CV, logits_CV = logits_CV, _owned(logits_CV.detach(), consume, "student, wide")
     finite_CV = None if all_finite(logits_CV) else torch.isfinite(logits_CV)
     if finite_CV is not None:
         logits_CV = logits_CV.masked_fill_(~finite_CV, 0.0)
-    best_C, zero = logits_CV.argmax(-1), logits_CV.new_zeros(())
+    best_C, zero = best_tokens(logits_CV), logits_CV.new_zeros(())
     ce, kd, gradient_CV = zero, zero, None
     with_teacher = teacher_NS is not None and len(teacher_NS) > 0
     if target_C is not None:
-        spare_CV = logits_CV.clone() if with_teacher else logits_CV
+        spare_CV = _copied(logits_CV, "cross-entropy") if with_teacher else logits_CV
         ce_C, gradient_CV = cross_entropy_gradient_(spare_CV, target_C, wanted and _counts(ce_weight))
         ce, gradient_CV = _counted(ce_C, gradient_CV, counted_C, ce_weight)
     if with_teacher:
         rows, columns = teacher_NS.shape
-        teacher_NS = _owned(teacher_NS, consume)
+        teacher_NS = _owned(teacher_NS, consume, "teacher, wide")
         kd_N, kd_gradient_NS = divergence_gradient_(divergence, logits_CV[:rows, :columns], teacher_NS, wanted)
         counted_N = None if counted_C is None else counted_C[:rows]
         kd, kd_gradient_NS = _counted(kd_N, kd_gradient_NS, counted_N, kd_weight)
@@ -135,6 +136,7 @@ def token_terms(
         return TokenTerms(Formed(value), ce, kd, best_C)
     if finite_CV is not None:
         gradient_CV.masked_fill_(~finite_CV, 0.0)
+    gradient_CV = gradient_CV if consume else gradient_CV.clone()
     return TokenTerms(Formed(value, ((original_CV, gradient_CV),)), ce, kd, best_C)
 
 
@@ -220,14 +222,14 @@ def _closed_form(divergence: Divergence, log_q_CV: Tensor, log_p_CV: Tensor) -> 
 
 
 def _forward_kl(log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
-    gap_CV = log_p_CV - log_q_CV
+    gap_CV = _difference(log_p_CV, log_q_CV)
     p_CV = log_p_CV.exp_()
     return _dot(p_CV, gap_CV), log_q_CV.exp_().sub_(p_CV)
 
 
 def _mixed_kl(log_q_CV: Tensor, log_p_CV: Tensor, forward, reverse) -> tuple[Tensor, Tensor]:
     """forward KL(p || q) + reverse KL(q || p) with fixed weights, numbers or (C, 1)."""
-    gap_CV = log_q_CV - log_p_CV
+    gap_CV = _difference(log_q_CV, log_p_CV)
     q_CV, reverse_C = log_q_CV.exp_(), None
     reverse_C = _dot(q_CV, gap_CV)
     if isinstance(forward, float) and forward == 0.0:
@@ -311,10 +313,21 @@ def _any_rows(logits_CV: Tensor) -> Tensor:
     return logits_CV
 
 
-def _owned(logits: Tensor, consume: bool) -> Tensor:
+def _owned(logits: Tensor, consume: bool, name: str) -> Tensor:
     """The logits in at least float32, as a tensor that may be overwritten."""
-    wide = at_least_float32(logits)
-    return wide.clone() if wide is logits and not consume else wide
+    wide_enough = logits.dtype in (torch.float32, torch.float64)
+    return logits if wide_enough and consume else _copied(logits, name)
+
+
+def _copied(logits: Tensor, name: str) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return scratch(name, logits, dtype=dtype).copy_(logits)
+
+
+def _difference(left_CV: Tensor, right_CV: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return left_CV - right_CV
+    return torch.sub(left_CV, right_CV, out=scratch("difference", left_CV))
 
 
 def _counts(weight: float | Tensor) -> bool:
