@@ -9,6 +9,7 @@ Shapes: T rows (supervised tokens), C rows of a chunk, D and E widths, V and W v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from lit_llm.losses.logit_gradient import Formed, token_terms
 from lit_llm.losses.scratch import best_tokens, scratch
 
 _CHUNK_BYTES = 512 * 2**20
-_BYTES_PER_LOGIT = 24
+_BYTES_PER_LOGIT = 12  # of each head: its logits, and half of what is formed from both in between
 
 
 class Head(NamedTuple):
@@ -207,9 +208,12 @@ def paired_first(pair_A: Tensor, num_rows: int) -> Tensor:
     return torch.cat([pair_A, unpaired.nonzero().squeeze(1)])
 
 
-def automatic_chunk(logits_per_row: int) -> int:
-    """Rows of a chunk whose logits and their gradients fit in about 512 MB; at least 16."""
-    return max(16, _CHUNK_BYTES // (logits_per_row * _BYTES_PER_LOGIT))
+def automatic_chunk(logits_per_row: int, num_rows: int | None = None) -> int:
+    """Rows of a chunk whose logits and gradients fit in about 512 MB, at least 16; chunks of equal size for `num_rows`."""
+    fitting = max(16, _CHUNK_BYTES // (logits_per_row * _BYTES_PER_LOGIT))
+    if not num_rows:
+        return fitting
+    return math.ceil(num_rows / math.ceil(num_rows / fitting))
 
 
 def sum_over_chunks(
@@ -237,7 +241,7 @@ def sum_over_chunks(
         The loss (differentiable with respect to rows and heads) and the K detached sums.
     """
     if chunk_size is None:
-        chunk_size = automatic_chunk(sum(head.num_rows for head in heads) + extra_logits)
+        chunk_size = automatic_chunk(sum(head.num_rows for head in heads) + extra_logits, len(rows[0]))
     if not torch.is_grad_enabled():
         rows, heads = [row.detach() for row in rows], [head.detach() for head in heads]
     flat = [parameter for head in heads for parameter in head.parameters()]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llm.data.batch import DistillationBatch, TokenBatch
 from lit_llm.losses.fused_head import Head
+from lit_llm.losses.scratch import release_scratch
 from lit_llm.methods.base import Method
 from lit_llm.models.language_model import Frozen
 from lit_llm.planning.bodies import FakeModel, Precision
@@ -119,6 +120,7 @@ def _measured(
     precision: Precision,
     evaluate: bool,
 ) -> tuple[int, int, int, int, int]:
+    release_scratch()  # what a loss keeps for its next chunk is part of what it takes
     with _silence():
         twin = _twin(method, student, teacher, widths)
         with precision.context(), FlopCounterMode(display=False) as counter, LiveBytes() as live:

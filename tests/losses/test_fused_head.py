@@ -238,6 +238,12 @@ def test_a_chunk_holds_at_least_sixteen_rows_and_shrinks_with_the_vocabulary():
     assert automatic_chunk(50_000) > automatic_chunk(300_000) > 16
 
 
+def test_rows_are_cut_into_chunks_of_equal_size():
+    fitting = automatic_chunk(50_000)
+    assert automatic_chunk(50_000, fitting) == fitting and automatic_chunk(50_000, 10) == 10
+    assert automatic_chunk(50_000, fitting + 1) == (fitting + 2) // 2
+
+
 def test_rows_that_are_not_paired_are_refused_with_their_numbers(models):
     with pytest.raises(ValueError, match=f"{T - 1} target"):
         cross_entropy(models["student_TD"], models["student_head"], models["target_T"][1:])
