@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.losses.fused_head import HeadTerms
 from lit_llm.methods.base import Generation, Optimization
 from lit_llm.methods.distillation import Distillation
@@ -27,6 +29,7 @@ class CrossVocabulary(Distillation):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     def __init__(
@@ -36,9 +39,15 @@ class CrossVocabulary(Distillation):
         kd_weight: float = 0.5,
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
-        loss_chunk: int | None = None,
+        loss_chunk: Optional[int] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, optimization, generation, loss_chunk, teacher_store=teacher_store)
+        if teacher_store is not None and teacher_store.top_k is not None:
+            raise ValueError(
+                f"model.teacher_store.top_k is {teacher_store.top_k}, but {type(self).__name__} needs the teacher's whole "
+                "distribution. Leave top_k out."
+            )
         if not 0 <= kd_weight <= 1:
             raise ValueError(
                 f"model.kd_weight is {kd_weight}; it is a share between 0 (only data) and 1 (only teacher)."

@@ -7,6 +7,7 @@ from typing import Optional
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.vocabulary import shared_tokens
 from lit_llm.losses.fused_head import HeadTerms
 from lit_llm.losses.gold import Hybrid, TokenGroups, gold
@@ -35,6 +36,7 @@ class GOLD(CrossVocabulary):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     alignments = ("groups",)
@@ -51,8 +53,9 @@ class GOLD(CrossVocabulary):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk, teacher_store)
         weights = {"matched_weight": matched_weight, "unmatched_weight": unmatched_weight}
         given = [name for name, weight in weights.items() if weight is not None] + ["beta"] * (beta != 0.5)
         if given and not hybrid:

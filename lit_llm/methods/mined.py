@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.minimum_edit import nearest_tokens
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.vocabulary import token_spellings
 from lit_llm.losses.cross_vocabulary import first_source, mined
 from lit_llm.losses.divergence import Divergence
@@ -33,6 +34,7 @@ class MinED(CrossVocabulary):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     alignments = ("minimum_edit",)
@@ -46,8 +48,9 @@ class MinED(CrossVocabulary):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk, teacher_store)
         self.divergence = divergence
 
     def configure_model(self) -> None:

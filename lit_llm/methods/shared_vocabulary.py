@@ -7,6 +7,7 @@ from typing import Literal, Optional
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.vocabulary import shared_tokens
 from lit_llm.losses.cross_vocabulary import shared_vocabulary
 from lit_llm.losses.divergence import Divergence
@@ -31,6 +32,7 @@ class SharedVocabularyKD(CrossVocabulary):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     alignments = ("bytes", "released")
@@ -45,8 +47,9 @@ class SharedVocabularyKD(CrossVocabulary):
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
+        teacher_store: Optional[TeacherStore] = None,
     ) -> None:
-        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk)
+        super().__init__(student, teacher, kd_weight, optimization, generation, loss_chunk, teacher_store)
         self.divergence, self.token_map = divergence, token_map
 
     def configure_model(self) -> None:

@@ -25,6 +25,7 @@ class ULD(CrossVocabulary):
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.
+        teacher_store: keep the teacher's hidden states on disk, so that it runs over the data once. None: it runs live.
     """
 
     alignments = ("kth",)

@@ -60,7 +60,9 @@ def test_a_float32_store_trains_the_same_weights_as_the_live_teacher(tmp_path, m
         ]
 
 
-@pytest.mark.parametrize("method", ["kd", "dskd_cross"])
+@pytest.mark.parametrize(
+    "method", ["kd", "dskd_cross", "uld_cross", "mined_cross", "shared_cross", "gold_cross_hybrid"]
+)
 def test_a_bfloat16_store_keeps_the_loss_within_a_thousandth(tmp_path, method):
     config = tiny_config(tmp_path, method)
     live = fit(config, "--trainer.max_steps=4")
