@@ -22,6 +22,7 @@ from lit_llm.losses.logit_gradient import Formed, token_terms
 
 _CHUNK_BYTES = 512 * 2**20
 _BYTES_PER_LOGIT = 24
+_WIDENED_ROWS = 8192
 
 
 class Head(NamedTuple):
@@ -48,6 +49,34 @@ class Head(NamedTuple):
         if self.scale != 1.0:
             logits_TV = logits_TV * self.scale
         return logits_TV if self.softcap is None else torch.tanh(logits_TV / self.softcap) * self.softcap
+
+    @torch.no_grad()
+    def wide(self, hidden_TD: Tensor, out_TV: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, V) logits in at least float32 also where the weights are of half precision; no gradient.
+
+        For logits whose rounding a loss would amplify.
+
+        Args:
+            hidden_TD: rounded to the dtype of the weights.
+            out_TV: filled and returned where it fits the result.
+        """
+        weight_VD, hidden_TD = self.weight_VD, hidden_TD.detach().to(self.weight_VD.dtype)
+        dtype, shape = at_least_float32(weight_VD[:0]).dtype, (len(hidden_TD), self.num_rows)
+        if out_TV is None or out_TV.dtype != dtype or out_TV.shape != shape:
+            out_TV = weight_VD.new_empty(shape, dtype=dtype)
+        with torch.autocast(weight_VD.device.type, enabled=False):
+            if weight_VD.dtype == dtype:
+                torch.mm(hidden_TD, weight_VD.T, out=out_TV)
+            elif weight_VD.is_cuda:
+                torch.mm(hidden_TD, weight_VD.T, out_dtype=dtype, out=out_TV)
+            else:
+                hidden_TD = hidden_TD.to(dtype)
+                for start in range(0, self.num_rows, _WIDENED_ROWS):
+                    span = slice(start, start + _WIDENED_ROWS)
+                    out_TV[:, span] = hidden_TD @ weight_VD[span].to(dtype).T
+            if self.bias_V is not None:
+                out_TV += self.bias_V
+        return self.shaped(out_TV)
 
     @property
     def num_rows(self) -> int:
@@ -235,28 +264,65 @@ def sum_over_chunks(
     return results[0], list(results[1:])
 
 
+class Walked(NamedTuple):
+    """What a walk over chunks leaves behind.
+
+    Attributes:
+        totals: (1 + K,) the loss and the sums.
+        rows: a gradient for each tensor of rows, None where none was wanted.
+        heads: likewise for the parameters of the heads, in order, in at least float32.
+    """
+
+    totals: Tensor
+    rows: list[Tensor | None]
+    heads: list[Tensor | None]
+
+
+def walk_over_chunks(
+    function: Callable[[Sequence[Tensor], Sequence[Head]], tuple[Tensor | Formed, list[Tensor]]],
+    rows: Sequence[Tensor],
+    heads: Sequence[Head],
+    num_sums: int,
+    chunk_size: int,
+    wanted: Sequence[bool],
+) -> Walked:
+    """The work of `sum_over_chunks`, for an autograd function of one's own.
+
+    Args:
+        function: see `sum_over_chunks`; so are the next three.
+        rows: tensors that are cut alike.
+        heads: output heads; those whose parameters require gradients receive them.
+        num_sums: K.
+        chunk_size: rows at a time.
+        wanted: for each tensor of rows whether its gradient is; then for each parameter of the heads.
+    """
+    row_gradients = [torch.zeros_like(row) if need else None for row, need in zip(rows, wanted, strict=False)]
+    live = [_LiveHead(head) for head in heads]
+    tensors = (*rows, *(parameter for head in heads for parameter in head.parameters()))
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    totals = torch.zeros(1 + num_sums, dtype=dtype, device=rows[0].device)
+    for start in range(0, rows[0].shape[0], chunk_size):
+        span = slice(start, start + chunk_size)
+        with torch.set_grad_enabled(any(wanted)):
+            pieces = [row[span].detach().requires_grad_(need) for row, need in zip(rows, wanted, strict=False)]
+            loss, sums = function(pieces, live)
+        totals += torch.stack([value.detach().to(dtype) for value in (_value(loss), *sums)])
+        if isinstance(loss, Formed) or loss.requires_grad:
+            loss.backward(inputs=[t for t in (*pieces, *(head.trigger for head in live)) if t.requires_grad])
+        for piece, gradient in zip(pieces, row_gradients, strict=True):
+            if piece.grad is not None:
+                gradient[span] = piece.grad
+    return Walked(totals, row_gradients, [gradient for head in live for gradient in head.gradients()])
+
+
 class _SumOverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, heads, num_sums, chunk_size, num_rows, *tensors):
         rows, wanted = tensors[:num_rows], ctx.needs_input_grad[5:]
-        row_gradients = [torch.zeros_like(row) if need else None for row, need in zip(rows, wanted, strict=False)]
-        live = [_LiveHead(head) for head in heads]
-        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        totals = torch.zeros(1 + num_sums, dtype=dtype, device=tensors[0].device)
-        for start in range(0, rows[0].shape[0], chunk_size):
-            span = slice(start, start + chunk_size)
-            with torch.set_grad_enabled(any(wanted)):
-                pieces = [row[span].detach().requires_grad_(need) for row, need in zip(rows, wanted, strict=False)]
-                loss, sums = function(pieces, live)
-            totals += torch.stack([value.detach().to(dtype) for value in (_value(loss), *sums)])
-            if isinstance(loss, Formed) or loss.requires_grad:
-                loss.backward(inputs=[t for t in (*pieces, *(head.trigger for head in live)) if t.requires_grad])
-            for piece, gradient in zip(pieces, row_gradients, strict=True):
-                if piece.grad is not None:
-                    gradient[span] = piece.grad
-        ctx.save_for_backward(*row_gradients, *(gradient for head in live for gradient in head.gradients()))
+        walked = walk_over_chunks(function, rows, heads, num_sums, chunk_size, wanted)
+        ctx.save_for_backward(*walked.rows, *walked.heads)
         ctx.dtypes = [t.dtype for t in tensors]
-        results = totals.unbind()
+        results = walked.totals.unbind()
         ctx.mark_non_differentiable(*results[1:])
         return results
 
