@@ -106,9 +106,7 @@ class AdaptivePolicy:
             alpha_T = self.slope * tvd_T + self.floor
             beta_T = self.dpo_beta / alpha_T
             return Coefficient(tvd_T, alpha_T, beta_T if self.beta_cap is None else beta_T.clamp(max=self.beta_cap))
-        return Coefficient(
-            tvd_T, torch.full_like(tvd_T, self.dpo_beta / self.beta), torch.full_like(tvd_T, self.beta)
-        )
+        return Coefficient(tvd_T, torch.full_like(tvd_T, self.dpo_beta / self.beta), torch.full_like(tvd_T, self.beta))
 
     def beyond(self, alpha_T: Tensor) -> Tensor:
         """c: how often the step z_d - z_o is taken from z_d on."""
@@ -167,7 +165,12 @@ class SampleWeights(NamedTuple):
     count: Tensor
 
 
-def sample_weights(sequence_T: Tensor, num_sequences: int, reduction: Reduction = "sample_mean") -> SampleWeights:
+def sample_weights(
+    sequence_T: Tensor,
+    num_sequences: int,
+    reduction: Reduction = "sample_mean",
+    dtype: torch.dtype = torch.float32,
+) -> SampleWeights:
     """How much each token counts before the division by the whole optimizer step.
 
     Args:
@@ -175,14 +178,15 @@ def sample_weights(sequence_T: Tensor, num_sequences: int, reduction: Reduction 
         num_sequences: sequences of the batch; those without a token are not counted.
         reduction: sample_mean: mean over sequences of the mean over tokens, as published; sum: mean over sequences of
             the sum; token_mean: mean over all tokens.
+        dtype: of the weights.
 
     Raises:
         ValueError: an unknown reduction.
     """
     tokens_N = torch.bincount(sequence_T, minlength=num_sequences)
-    ones_T = torch.ones(len(sequence_T), device=sequence_T.device)
+    ones_T = torch.ones(len(sequence_T), dtype=dtype, device=sequence_T.device)
     if reduction == "sample_mean":
-        return SampleWeights(1 / tokens_N[sequence_T].float(), tokens_N.count_nonzero())
+        return SampleWeights(ones_T / tokens_N[sequence_T], tokens_N.count_nonzero())
     if reduction == "sum":
         return SampleWeights(ones_T, tokens_N.count_nonzero())
     if reduction == "token_mean":

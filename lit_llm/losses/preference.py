@@ -203,10 +203,10 @@ def kto(
         undesirable_weight: of bad answers.
     """
     ratio_N = _difference(policy_N, reference_N)
-    sign_N = torch.where(desirable_N, 1.0, -1.0)
+    good_N = desirable_N.to(ratio_N.dtype)
     # 1 - sigmoid(x) = sigmoid(-x)
-    loss_N = torch.sigmoid(-beta * sign_N * (ratio_N - baseline.detach()))
-    weight_N = torch.where(desirable_N, desirable_weight, undesirable_weight)
+    loss_N = torch.sigmoid(beta * (1 - 2 * good_N) * (ratio_N - baseline.detach()))
+    weight_N = desirable_weight * good_N + undesirable_weight * (1 - good_N)
     return AnswerTerms(weight_N * loss_N, (beta * ratio_N).detach())
 
 
