@@ -101,7 +101,7 @@ def check_sequence_kl(case: Case) -> None:
     policy_NLV, reference_NLV = case["in.policy_logits"], case["in.ref_logits"]
     num, vocabulary = len(policy_NLV), policy_NLV.shape[-1]
     head, attention_NL, lengths = identity(vocabulary, case.dtype), case["in.attention_mask"], case["in.prompt_lens"]
-    batch, mask_NL = released_masks.rows_of(case["in.input_ids"], attention_NL, lengths.tolist())
+    _, mask_NL = released_masks.rows_of(case["in.input_ids"], attention_NL, lengths.tolist())
 
     def summed(mask_NL: Tensor) -> Tensor:
         rows = policy_NLV[mask_NL], head, torch.zeros(int(mask_NL.sum()), dtype=torch.int64), reference_NLV[mask_NL]
