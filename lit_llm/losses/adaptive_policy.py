@@ -283,8 +283,8 @@ def _terms_and_gradient_(
 ) -> list[Tensor]:
     """The numbers of each token; all arguments but the weights are used up, the policy's become the gradient."""
     first_CV, second_CV = spare_2CV
-    log_z_dpo_C, _ = softmax_into(dpo_CV, first_CV)
-    log_z_other_C, _ = softmax_into(other_CV, second_CV)
+    log_z_dpo_C = torch.add(*softmax_into(dpo_CV, first_CV))
+    log_z_other_C = torch.add(*softmax_into(other_CV, second_CV))
     tvd_C = torch.sub(first_CV, second_CV, out=second_CV).abs_().sum(-1).mul_(0.5)
     _, alpha_C, beta_C = settings.coefficient(tvd_C)
     log_z_anchor_C = log_z_dpo_C if settings.extrapolates else log_z_other_C
@@ -294,7 +294,8 @@ def _terms_and_gradient_(
     gap_CV, shift_C = torch.sub(dpo_CV, other_CV, out=other_CV), log_z_dpo_C - log_z_other_C
     dpo_reward_C = mean_(first_CV, gap_CV, first_CV) - shift_C
 
-    log_z_C, best_C = softmax_into(policy_CV, first_CV)
+    best_C, above_C = softmax_into(policy_CV, first_CV)
+    log_z_C = best_C + above_C
     mean_C = mean_(first_CV, policy_CV, second_CV)
     kl_dpo_C = mean_C - mean_(first_CV, dpo_CV, second_CV) - (log_z_C - log_z_dpo_C)
     reward_C = mean_(first_CV, gap_CV, second_CV) - shift_C
@@ -304,13 +305,15 @@ def _terms_and_gradient_(
     if settings.temperature != 1.0:
         teacher_CV.div_(settings.temperature)
     if settings.policy_temperature != 1.0:
-        log_z_C, best_C = softmax_into(policy_CV.div_(settings.policy_temperature), first_CV)
+        best_C, above_C = softmax_into(policy_CV.div_(settings.policy_temperature), first_CV)
+        log_z_C = best_C + above_C
     if form == "combined":
-        log_z_teacher_C, teacher_best_C = softmax_into(teacher_CV, second_CV)
+        teacher_best_C, log_z_teacher_C = softmax_into(teacher_CV, second_CV)
+        # amplified logits are large: from here on they are relative to the best, and so is their sum
+        teacher_CV.sub_(teacher_best_C[:, None])
         teacher_entropy_C = log_z_teacher_C - mean_(second_CV, teacher_CV, second_CV)
-        # the largest sum is the policy's largest logit exactly where both are largest; argmax takes ten times as long
-        torch.sub(teacher_CV, teacher_best_C[:, None], out=second_CV).add_(policy_CV)
-        agree_C = (second_CV.amax(-1) >= best_C).to(mean_C.dtype)
+        # the largest sum is the policy's largest logit just where both are largest; argmax takes ten times as long
+        agree_C = (torch.add(teacher_CV, policy_CV, out=second_CV).amax(-1) >= best_C).to(mean_C.dtype)
         of_teacher = [teacher_entropy_C, agree_C]
     else:
         log_z_teacher_C, of_teacher = log_z_anchor_C + alpha_C * shift_C / settings.temperature, []

@@ -99,11 +99,10 @@ def _blocks(block_, policy_CV: Tensor, first_CV: Tensor, second_CV: Tensor, weig
 
 
 def softmax_into(logits_CV: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities into `out_CV`; returns log sum exp and the largest logit of each row, (C,) each."""
+    """Probabilities into `out_CV`; returns the largest logit of each row and log sum exp above it, (C,) each."""
     torch.softmax(logits_CV, -1, out=out_CV)
-    best_C = logits_CV.amax(-1)
-    # cheaper than a pass of exponentials, and exact: the largest probability is exp(best - log sum exp)
-    return best_C - out_CV.amax(-1).log(), best_C
+    # the largest probability is exp(best - log sum exp): cheaper than another pass of exponentials
+    return logits_CV.amax(-1), -out_CV.amax(-1).log()
 
 
 def mean_(p_CV: Tensor, value_CV: Tensor, out_CV: Tensor) -> Tensor:

@@ -58,12 +58,12 @@ def token_loss(z_s, z_d, z_o, *, form="combined", temperature=1.0, tempered="bot
     return beta * kl(q, anchor) - beta * alpha * expected_gap(q, softmax(z_d), softmax(z_o)) / temperature
 
 
-def dpo(w, l, ref_w, ref_l, *, beta, smoothing=0.0) -> Tensor:  # noqa: E741
+def dpo(w, l, ref_w, ref_l, *, beta, smoothing=0.0) -> Tensor:
     u = (w - ref_w) - (l - ref_l)
     return -(1 - smoothing) * torch.log(sigmoid(beta * u)) - smoothing * torch.log(sigmoid(-beta * u))
 
 
-def ipo(w, l, ref_w, ref_l, *, beta, tokens_w=1, tokens_l=1) -> Tensor:  # noqa: E741
+def ipo(w, l, ref_w, ref_l, *, beta, tokens_w=1, tokens_l=1) -> Tensor:
     return ((w - ref_w) / tokens_w - (l - ref_l) / tokens_l - 1 / (2 * beta)) ** 2
 
 
@@ -72,7 +72,7 @@ def simpo(mean_w, mean_l, *, beta, ratio, smoothing=0.0) -> Tensor:
     return -(1 - smoothing) * torch.log(sigmoid(margin)) - smoothing * torch.log(sigmoid(-margin))
 
 
-def tdpo(w, l, ref_w, ref_l, kl_w, kl_l, *, variant, beta, alpha=1.0) -> Tensor:  # noqa: E741
+def tdpo(w, l, ref_w, ref_l, kl_w, kl_l, *, variant, beta, alpha=1.0) -> Tensor:
     u = (w - ref_w) - (l - ref_l)
     if variant == 1:
         return -torch.log(sigmoid(beta * (u - (kl_l - kl_w))))
