@@ -8,6 +8,7 @@ Shapes: T tokens, C tokens of a chunk or block, D, E and F widths, V vocabulary,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,7 @@ from lit_llm.losses.fused_head import Head, sum_over_chunks
 from lit_llm.losses.logit_gradient import Formed
 
 _BLOCK_ELEMENTS = 2**18
+_CHUNK_BYTES = 192 * 2**20
 
 
 def sum_over_three_heads(
@@ -75,9 +77,19 @@ def sum_over_three_heads(
         return Formed(value, ((original_CV, policy_CV),) if original_CV.requires_grad else ()), []
 
     rows = (policy_TD, weight_T.detach(), *(hidden.detach() for hidden, _ in frozen))
-    loss, _ = sum_over_chunks(chunk, rows, (policy_head.rows(shared),), 0, chunk_size, extra_logits=2 * shared)
+    chunk_size = chunk_size or even_chunks(len(policy_TD), shared)
+    loss, _ = sum_over_chunks(chunk, rows, (policy_head.rows(shared),), 0, chunk_size)
     values_KT = torch.cat(columns, 1) if columns else at_least_float32(policy_TD.new_zeros(1 + num_values, 0))
     return loss, *values_KT[1:].unbind()
+
+
+def even_chunks(num_rows: int, vocabulary: int) -> int:
+    """Rows of a chunk whose three logits take at most 192 MB, so that all chunks are of about one length.
+
+    A short last chunk would cost its matrix products nearly as much as a long one.
+    """
+    most = max(16, _CHUNK_BYTES // (3 * 4 * vocabulary))
+    return max(1, math.ceil(num_rows / max(1, math.ceil(num_rows / most))))
 
 
 @torch.no_grad()

@@ -175,6 +175,16 @@ def test_blocks_within_a_chunk_do_not_change_anything(monkeypatch):
     torch.testing.assert_close(*(torch.autograd.grad(terms.loss, leaves) for terms in (blocks, whole)))
 
 
+def test_chunks_chosen_automatically_are_bounded_and_even():
+    from lit_llm.losses.three_heads import even_chunks
+
+    for tokens, vocabulary in ((512, 32_000), (256, 151_936), (1000, 262_144), (7, 11)):
+        size = even_chunks(tokens, vocabulary)
+        number = -(-tokens // size)
+        assert size * vocabulary * 12 <= 192 * 2**20 and number * size - tokens < number
+    assert even_chunks(0, 10) == 1 and even_chunks(100, 10**9) <= 16
+
+
 @pytest.mark.parametrize("rows", [(V, V - 2, V + 3), (V - 1, V, V + 4), (V + 5, V, V)])
 def test_padded_heads_are_compared_over_the_shortest(rows):
     given = models(*rows)
