@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lit_llm.losses.chunks import sum_over_chunks
 from lit_llm.losses.divergence import Divergence, at_least_float32
-from lit_llm.losses.fused_head import Head, HeadTerms, finite_logits, paired_first, sum_over_chunks, token_cross_entropy
+from lit_llm.losses.fused_head import HeadTerms, finite_logits, paired_first, token_cross_entropy
+from lit_llm.losses.head import Head
 
 _NEVER = -1e5
 _ALWAYS = 100.0

@@ -37,6 +37,8 @@ _USED_BY = {
     "epsilon": ("js",),
 }
 
+_NO_PROBABILITY = 1e4
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -228,6 +230,29 @@ def hierarchical_ranking(q_TV: Tensor, p_TV: Tensor, k: int = 5) -> Tensor:
 def all_finite(logits: Tensor) -> bool:
     """Whether no logit is infinite or NaN. One reading pass: such a logit makes the sum so, and it may also overflow."""
     return bool(torch.isfinite(logits.detach().sum())) or bool(torch.isfinite(logits).all())
+
+
+def exclude_infinite_(*logits_TV: Tensor) -> Tensor | None:
+    """Take entries that are not finite on any side out of all the distributions, in place.
+
+    They become finite numbers so far below the best entry of their row that they carry no probability, and differences
+    and products of them stay finite. A row without a single finite entry becomes NaN.
+
+    Args:
+        logits_TV: one tensor per model, of one shape.
+
+    Returns:
+        The entries, bool; None where all are finite.
+    """
+    if all(all_finite(side) for side in logits_TV):
+        return None
+    finite_TV = torch.isfinite(logits_TV[0])
+    for side in logits_TV[1:]:
+        finite_TV &= torch.isfinite(side)
+    for side in logits_TV:
+        best_T1 = side.masked_fill(~finite_TV, -math.inf).amax(-1, keepdim=True)
+        side.copy_(torch.where(finite_TV, side, best_T1 - _NO_PROBABILITY))
+    return ~finite_TV
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from lit_llm.losses.dual_space_walks import (
     student_space,
     teacher_space,
 )
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 
 __all__ = ["DualSpace", "DualSpaceTerms", "dual_space", "dual_space_cma"]
 

@@ -13,8 +13,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_llm.losses.chunks import sum_over_chunks
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, paired_first, sum_over_chunks
+from lit_llm.losses.fused_head import paired_first
+from lit_llm.losses.head import Head
 from lit_llm.losses.logit_gradient import Formed, token_terms
 from lit_llm.losses.scratch import best_tokens
 

@@ -19,16 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lit_llm.losses.chunks import automatic_chunk, sum_over_chunks
 from lit_llm.losses.cross_vocabulary import sorted_distance
 from lit_llm.losses.divergence import at_least_float32, generalized_js
-from lit_llm.losses.fused_head import (
-    Head,
-    HeadTerms,
-    automatic_chunk,
-    finite_logits,
-    sum_over_chunks,
-    token_cross_entropy,
-)
+from lit_llm.losses.fused_head import HeadTerms, finite_logits, token_cross_entropy
+from lit_llm.losses.head import Head
 
 
 class TokenGroups(NamedTuple):

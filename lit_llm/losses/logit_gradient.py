@@ -145,7 +145,7 @@ def cross_entropy_gradient_(logits_CV: Tensor, target_C: Tensor, wanted: bool) -
     if wanted and is_compiled():
         ce_C, gradient_CV = compiled(_cross_entropy_and_softmax)(_any_rows(logits_CV), target_C)
         return ce_C, gradient_CV.scatter_add_(1, target_C[:, None], gradient_CV.new_full((len(target_C), 1), -1.0))
-    log_q_CV = _log_softmax_(logits_CV)
+    log_q_CV = log_softmax_(logits_CV)
     ce_C = -log_q_CV.gather(-1, target_C[:, None]).squeeze(-1)
     if not wanted:
         return ce_C, None
@@ -174,12 +174,27 @@ def divergence_gradient_(
             divergence, _any_rows(student_CV), _any_rows(teacher_CV), *temperatures
         )
     else:
-        log_q_CV = _log_softmax_(student_CV, temperatures[0])
-        log_p_CV = _log_softmax_(teacher_CV, temperatures[1])
+        log_q_CV = log_softmax_(student_CV, temperatures[0])
+        log_p_CV = log_softmax_(teacher_CV, temperatures[1])
         value_C, gradient_CV = _closed_form(divergence, log_q_CV, log_p_CV)
     if divergence.scale_by_temperature_squared:
         return value_C * divergence.temperature**2, gradient_CV.mul_(divergence.temperature)
     return value_C, gradient_CV if divergence.temperature == 1.0 else gradient_CV.div_(divergence.temperature)
+
+
+def log_softmax_(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Tempered log-probabilities in the logits' place."""
+    if temperature != 1.0:
+        logits_CV.div_(temperature)
+    # every element is read before it is written; on other devices a second buffer costs nothing
+    in_place = logits_CV.device.type == "cpu"
+    return torch.log_softmax(logits_CV, -1, out=logits_CV) if in_place else logits_CV.log_softmax(-1)
+
+
+def softmax_(logits_CV: Tensor) -> Tensor:
+    """Probabilities in the logits' place."""
+    in_place = logits_CV.device.type == "cpu"
+    return torch.softmax(logits_CV, -1, out=logits_CV) if in_place else logits_CV.softmax(-1)
 
 
 def _cross_entropy_and_softmax(logits_CV: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,15 +310,6 @@ def _dot(left_CV: Tensor, right_CV: Tensor) -> Tensor:
         return (left_CV * right_CV).sum(-1)
     # a batched product: torch.linalg.vecdot forms the elementwise product first
     return torch.bmm(left_CV[:, None], right_CV[:, :, None]).view(-1)
-
-
-def _log_softmax_(logits_CV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Tempered log-probabilities in the logits' place."""
-    if temperature != 1.0:
-        logits_CV.div_(temperature)
-    # every element is read before it is written; on other devices a second buffer costs nothing
-    in_place = logits_CV.device.type == "cpu"
-    return torch.log_softmax(logits_CV, -1, out=logits_CV) if in_place else logits_CV.log_softmax(-1)
 
 
 def _any_rows(logits_CV: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lit_llm.losses.chunks import sum_over_chunks
 from lit_llm.losses.divergence import at_least_float32, log_softmax
-from lit_llm.losses.fused_head import Head, HeadTerms, finite_logits, sum_over_chunks, token_cross_entropy
+from lit_llm.losses.fused_head import HeadTerms, finite_logits, token_cross_entropy
+from lit_llm.losses.head import Head
 
 
 def sparse_forward_kl(log_q_TV: Tensor, ids_TK: Tensor, log_p_TK: Tensor, log_rest_T: Tensor) -> Tensor:

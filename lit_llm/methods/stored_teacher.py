@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_llm.data.batch import TokenBatch
 from lit_llm.data.teacher_store import UNKNOWN, Encoded, StoredPart, TeacherStore, encode_hidden, encode_top_k
-from lit_llm.losses.fused_head import automatic_chunk
+from lit_llm.losses.chunks import automatic_chunk
 from lit_llm.models.language_model import Frozen, LanguageModel
 from lit_llm.models.teacher_head import TeacherHead, head_key, keep_head, load_head, save_head
 from lit_llm.models.weights import source_digests, state_digest

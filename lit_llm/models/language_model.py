@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.data.batch import TokenBatch
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from lit_llm.models import generation, quantization, sources
 from lit_llm.models.adapters import Lora, with_adapters
 from lit_llm.models.generation import Sampling

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from lit_llm.models.language_model import LanguageModel
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llm.data.batch import DistillationBatch, TokenBatch
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from lit_llm.losses.scratch import release_scratch
 from lit_llm.methods.base import Method
 from lit_llm.models.language_model import Frozen

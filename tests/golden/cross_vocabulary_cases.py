@@ -8,7 +8,8 @@ from torch import Tensor
 from lit_llm.data.minimum_edit import align_minimum_edit
 from lit_llm.losses.cross_vocabulary import first_source, mined, mined_target, shared_vocabulary, uld
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, HeadTerms
+from lit_llm.losses.fused_head import HeadTerms
+from lit_llm.losses.head import Head
 from tests.golden.alignment_cases import newer_pairs, released_overlap, stored_vocabularies
 from tests.golden.divergence_cases import published
 from tests.golden.golden import Case

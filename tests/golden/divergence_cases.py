@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head, distillation, finite_logits, token_cross_entropy
+from lit_llm.losses.fused_head import distillation, finite_logits, token_cross_entropy
+from lit_llm.losses.head import Head
 from tests.golden.golden import Case
 
 _OUR_NAME = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.losses.dual_space import DualSpaceTerms
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from lit_llm.models.projector import Projector
 from tests.golden.golden import Case
 

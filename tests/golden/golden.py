@@ -1,7 +1,8 @@
 """Reads golden vectors and keeps account of what has been compared.
 
 A family is a folder with an `index.json` that lists cases: tensors in a safetensors file, scalars, hyper-parameters and
-tolerances. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
+tolerances. Indices come in two formats; the second ("inputs", "expected") keeps every number in the tensors, named
+`in.NAME` and `out.NAME`. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
 sub-folder per family.
 """
 
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _HERE = Path(__file__).parent
@@ -34,7 +35,29 @@ def family_folder(family: str) -> Path:
 def read_index(folder: Path) -> dict[str, dict[str, Any]]:
     """The cases of a family by name."""
     cases = json.loads((folder / "index.json").read_text(encoding="utf-8"))["cases"]
-    return {case["name"]: case for case in cases}
+    return {case["name"]: _as_first_format(case) for case in cases}
+
+
+def _as_first_format(case: dict[str, Any]) -> dict[str, Any]:
+    if "hyper_parameters" not in case:
+        return case
+    fields = {f"in.{name}": {"role": "input"} for name in case["inputs"]}
+    fields |= {f"out.{name}": {"role": "expected"} for name in case["expected"]}
+    copied = {key: case[key] for key in ("name", "kind", "file", "tolerance")}
+    return {**copied, "hparams": case["hyper_parameters"], "fields": fields, "expected_scalars": {}}
+
+
+def change_largest_value(folder: Path, entry: dict[str, Any]) -> str:
+    """Make the largest number of one expected tensor 1% larger; returns its name."""
+    tensors = load_file(folder / entry["file"])
+    expected = [name for name, field in entry["fields"].items() if field["role"] == "expected"]
+    changeable = [name for name in expected if tensors[name].is_floating_point() and tensors[name].any()]
+    name = next((name for name in changeable if "grad" in name), (changeable or expected)[-1])
+    flat = tensors[name].flatten()
+    flat[flat.abs().argmax()] *= 1.01
+    tensors[name] = flat.view_as(tensors[name])
+    save_file(tensors, folder / entry["file"])
+    return name
 
 
 class Case:
@@ -101,6 +124,13 @@ class Case:
         wanted = {*self.expected(), *(f"scalar {name}" for name in self._scalars)}
         assert wanted, "the case expects nothing"
         assert not (forgotten := sorted(wanted - self._compared)), f"expected, but not compared: {forgotten}"
+
+    def gradient_tolerance(self, name: str) -> dict[str, float]:
+        """For gradients: in single precision errors are those of the largest entry."""
+        tolerance = dict(self.tolerance())
+        if self.dtype == torch.float32:
+            tolerance["atol"] += 2e-4 * float(self._stored[name].abs().max())
+        return tolerance
 
     def tolerance(self, dtype: torch.dtype | None = None) -> dict[str, float]:
         return self._tolerance[str(dtype or self.dtype).removeprefix("torch.")]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.golden import (
     alignment_cases,
@@ -25,7 +24,7 @@ from tests.golden import (
     projector_cases,
     rouge_cases,
 )
-from tests.golden.golden import Case, family_folder, read_index
+from tests.golden.golden import Case, change_largest_value, family_folder, read_index
 
 IN_BOTH_PRECISIONS = {
     **divergence_cases.HANDLERS,
@@ -65,18 +64,6 @@ def copied(tmp_path: Path) -> Path:
 @pytest.fixture
 def copied_shipped(tmp_path: Path) -> Path:
     return Path(shutil.copytree(SHIPPED, tmp_path / "dskd"))
-
-
-def change_largest_value(folder: Path, entry: dict) -> str:
-    """Make the largest number of one expected tensor 1% larger; returns its name."""
-    expected = [name for name, field in entry["fields"].items() if field["role"] == "expected"]
-    name = next((name for name in expected if name.startswith("grad.")), expected[-1])
-    tensors = load_file(folder / entry["file"])
-    flat = tensors[name].flatten()
-    flat[flat.abs().argmax()] *= 1.01
-    tensors[name] = flat.view_as(tensors[name])
-    save_file(tensors, folder / entry["file"])
-    return name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

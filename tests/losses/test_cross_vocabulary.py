@@ -14,7 +14,7 @@ from lit_llm.losses.cross_vocabulary import (
     uld,
 )
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from tests.losses.watch import LargestTensor
 from tests.reference import distillation as reference
 from tests.reference.divergences import cross_entropy, divergence

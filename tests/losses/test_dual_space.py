@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, dual_space, dual_space_cma
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from tests.losses.watch import LargestTensor
 from tests.reference import distillation as reference
 

@@ -6,17 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_llm.losses.chunks import automatic_chunk, sum_over_chunks
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import (
-    Head,
-    automatic_chunk,
-    cross_entropy,
-    distillation,
-    finite_logits,
-    paired_first,
-    sum_over_chunks,
-    token_cross_entropy,
-)
+from lit_llm.losses.fused_head import cross_entropy, distillation, finite_logits, paired_first, token_cross_entropy
+from lit_llm.losses.head import Head
 from tests.losses.watch import LargestTensor
 from tests.reference import distillation as reference
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_llm.losses.fused_head import Head
 from lit_llm.losses.gold import Hybrid, TokenGroups, gold
+from lit_llm.losses.head import Head
 from tests.losses.watch import LargestTensor
 from tests.reference import distillation as reference
 from tests.reference.divergences import cross_entropy

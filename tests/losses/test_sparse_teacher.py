@@ -7,7 +7,7 @@ import torch
 
 from lit_llm.data.teacher_store import encode_top_k
 from lit_llm.losses.divergence import Divergence
-from lit_llm.losses.fused_head import Head
+from lit_llm.losses.head import Head
 from lit_llm.losses.sparse_teacher import sparse_distillation, sparse_forward_kl
 from tests.reference.sparse_teacher import merged_forward_kl
 

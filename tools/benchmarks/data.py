@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from benchmarks.reference_code import load_module
-
 from lit_llm.data.rows import load_rows
 from lit_llm.data.token_alignment import align_answers, token_spellings
 from lit_llm.data.tokenized import Encoding, RowEncoder

@@ -8,12 +8,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from benchmarks.kd import reference_batch, reference_settings
-from benchmarks.reference_code import load_module
-from benchmarks.workload import KD_WEIGHT, TEMPERATURE, Step, Workload, closed_form, parameters
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
+from benchmarks.kd import reference_batch, reference_settings
+from benchmarks.reference_code import load_module
+from benchmarks.workload import KD_WEIGHT, TEMPERATURE, Step, Workload, closed_form, parameters
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, dual_space
 from lit_llm.losses.logit_gradient import compile_elementwise

@@ -11,11 +11,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from benchmarks.reference_code import load_module
-from benchmarks.workload import IGNORED, KD_WEIGHT, TEMPERATURE, Step, Workload, parameters
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
+from benchmarks.reference_code import load_module
+from benchmarks.workload import IGNORED, KD_WEIGHT, TEMPERATURE, Step, Workload, parameters
 from lit_llm.losses import fused_head
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.logit_gradient import compile_elementwise

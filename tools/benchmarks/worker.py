@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import torch
-from benchmarks.workload import SETTINGS, Workload
 
+from benchmarks.workload import SETTINGS, Workload
 from lit_llm.losses.scratch import release_scratch
 
 

@@ -97,10 +97,20 @@ class Workload:
     def supervised(self) -> int:
         return self.tokens.num_supervised
 
+    def frozen_like_student(self, seed: int) -> nn.Module:
+        """Another model of the student's size, frozen and in eval mode."""
+        model = _llama(self.setting.vocabulary, *self.setting.student, seed=seed)
+        return model.to(self.ids_BL.device, self.student.dtype).eval().requires_grad_(False)
+
     def language_models(self) -> tuple[LanguageModel, LanguageModel]:
         """Student and teacher as lit_llm holds them."""
+        student, teacher = self.as_language_models(self.student, self.teacher)
+        return student, teacher
+
+    def as_language_models(self, *models: nn.Module) -> list[LanguageModel]:
+        """Models of transformers as lit_llm holds them."""
         tokenizer = _tokenizer()
-        return LanguageModel(self.student, tokenizer, False), LanguageModel(self.teacher, tokenizer, False)
+        return [LanguageModel(model, tokenizer, False) for model in models]
 
 
 def closed_form(head_from_VX: Tensor, head_into_VY: Tensor) -> Tensor:
