@@ -198,7 +198,9 @@ def read_samples(path: Path) -> dict[str, Sample]:
     try:
         samples = [Sample(**json.loads(line)) for line in complete.splitlines()]
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of samples ({error}). Delete it, or name another: --samples.") from error
+        raise ValueError(
+            f"{path} is not a file of samples ({error}). Delete it, or name another: --samples."
+        ) from error
     return {sample.key: sample for sample in samples}
 
 
