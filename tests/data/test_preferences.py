@@ -229,7 +229,7 @@ def test_a_long_prompt_keeps_the_header_and_its_end():
     text, ids, cut = encode_turns(tokenizer, rules, [user(question)])
     read = tokenizer.decode(ids)
     assert cut and len(ids) == 60 and ids.count(tokenizer.bos_token_id) == 1
-    assert read.startswith("<s><sys>Be kind.</sys>\n<user>") or read.startswith("<s> <sys>Be kind.</sys>\n<user>")
+    assert read.startswith(("<s><sys>Be kind.</sys>\n<user>", "<s> <sys>Be kind.</sys>\n<user>"))
     assert read.endswith("Why?</>\n<assistant>") and question in text
 
 
