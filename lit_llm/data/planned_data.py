@@ -174,7 +174,7 @@ class PlannedData(L.LightningDataModule, ABC):
         wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
         splits = wanted[stage or _stage_name(self.trainer)]
         if stage == "test" and self.sources["test"] is None:
-            raise ValueError("data.test is not set, so there is nothing to test on. Name a file, or demo:test.")
+            raise ValueError("data.test is not set, so there is nothing to test on. Name a file, or a shipped part.")
         return [split for split in splits if self.sources[split] is not None]
 
 

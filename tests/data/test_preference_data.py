@@ -71,9 +71,9 @@ def test_length_alone_does_not_explain_the_preference(rows):
 
 
 def test_every_shipped_prompt_comes_from_the_material_of_its_part(rows, tools):
-    prompts, _ = tools
+    prompts, script = tools
     material = prompts.load_material()
-    topics = prompts.deal_topics(material, PARTS, seed=0)
+    topics = prompts.deal_topics(material, script.PARTS, seed=0)
     for part, members in rows.items():
         number = len(topics[part]) * len(material["tasks"])
         made = {prompt.id: prompt for prompt in prompts.make_prompts(material, topics[part], number, seed=0)}
@@ -89,9 +89,9 @@ def test_the_kinds_of_the_held_out_parts_are_trained_on(rows):
 
 
 def test_no_prompt_asks_for_the_same_kind_twice_and_asking_again_gives_the_same(tools):
-    prompts, _ = tools
+    prompts, script = tools
     material = prompts.load_material()
-    topics = prompts.deal_topics(material, PARTS, seed=0)["train"]
+    topics = prompts.deal_topics(material, script.PARTS, seed=0)["train"]
     made = prompts.make_prompts(material, topics, 300, seed=0)
 
     assert len({prompt.prompt for prompt in made}) == 300
