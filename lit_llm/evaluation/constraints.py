@@ -45,7 +45,7 @@ def validate(checks: Sequence[Check]) -> None:
     """See that every check can be made.
 
     Raises:
-        ValueError: an unknown kind, a field that is missing, of another type, or not the kind's.
+        ValueError: an unknown kind or language, a field that is missing, of another type, or not the kind's.
     """
     for check in checks:
         _call(check)
@@ -156,12 +156,7 @@ def language(answer: str, *, code: str) -> bool:
 
     A word that is a stop word of several languages counts for each of them, so short answers that consist of such words
     pass for none.
-
-    Raises:
-        ValueError: a language without stop words here.
     """
-    if code not in _STOP_WORDS:
-        raise ValueError(f"language has code {code!r}; stop words are known for {', '.join(_STOP_WORDS)}.")
     said = [word.lower() for word in words_of(answer)]
     counts = {name: sum(word in stops for word in said) for name, stops in _STOP_WORDS.items()}
     ours = counts.pop(code)
@@ -223,6 +218,10 @@ def _call(check: Check) -> tuple[Callable[..., bool], dict[str, Any]]:
     for name, annotation in wanted.items():
         if not _FITS[annotation](fields[name]):
             raise ValueError(f"The check {kind} needs {name} as {annotation}, not {fields[name]!r}.")
+    if kind == "language" and fields["code"] not in _STOP_WORDS:
+        raise ValueError(
+            f"The check language has code {fields['code']!r}; stop words are known for {', '.join(_STOP_WORDS)}."
+        )
     return _KINDS[kind], fields
 
 
