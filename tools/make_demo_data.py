@@ -251,6 +251,8 @@ One JSON object a line: `id`, `kind`, `prompt`, `response`. No prompt and no res
 Made by `python tools/make_demo_data.py --out lit_llm/data/demo`; the same answers give the same bytes.
 
 Licence: Apache-2.0, for the prompts as part of this project and for the responses as the teacher's licence.
+
+The preference pairs in this folder have a page of their own, `PREFERENCES.md`, and the same licence.
 """
 
 

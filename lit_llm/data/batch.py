@@ -10,7 +10,7 @@ They are meant as read-only, but not declared `frozen`: Lightning's precision pl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,43 @@ class DistillationBatch(_Movable):
     pieces_teacher_A: Tensor | None = None
     teacher_hidden: Tensor | None = None
     teacher_top: SparseTargets | None = None
+
+
+@dataclass
+class PreferenceBatch(_Movable):
+    """Pairs of answers to one prompt each; sequence b of both sides begins with the same prompt.
+
+    Attributes:
+        chosen: B prompts with the answers that are preferred.
+        rejected: the same prompts with the other answers.
+        step_pairs: pairs of the whole optimizer step: all accumulation steps, all ranks.
+        step_tokens: supervised tokens of the step's chosen answers.
+        step_rejected_tokens: those of its rejected answers.
+        num_tokens: real (not padding) tokens of this batch, both sides, prompts counted twice.
+        examples: indices of the pairs in their dataset.
+        reference_B2: (B, 2) log-probabilities of the chosen and the rejected answers under a reference model, summed
+            over supervised tokens, float32, where a method has stored them; else None.
+    """
+
+    chosen: TokenBatch
+    rejected: TokenBatch
+    step_pairs: int
+    step_tokens: int
+    step_rejected_tokens: int
+    num_tokens: int
+    examples: tuple[int, ...]
+    reference_B2: Tensor | None = None
+
+    def swapped(self) -> PreferenceBatch:
+        """The same pairs with the preference turned around."""
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            step_tokens=self.step_rejected_tokens,
+            step_rejected_tokens=self.step_tokens,
+            reference_B2=None if self.reference_B2 is None else self.reference_B2.flip(1),
+        )
 
 
 def collate_tokens(

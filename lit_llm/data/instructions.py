@@ -10,22 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, Optional
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_llm.data.batch import DistillationBatch, SparseTargets, collate_pairs, collate_tokens
-from lit_llm.data.rows import load_rows
-from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
+from lit_llm.data.planned_data import PlannedData, Split, check_room
+from lit_llm.data.step_sampler import MicroBatch, StepSampler
 from lit_llm.data.teacher_store import StoredPart
-from lit_llm.data.tokenized import Alignment, Encoding, EvaluationPrompt, TokenizedSet, tokenize_rows
-
-Split = Literal["train", "validation", "test"]
+from lit_llm.data.tokenized import Alignment, Encoding, TokenizedSet, tokenize_rows
 
 
-class Instructions(L.LightningDataModule):
+class Instructions(PlannedData):
     """Prompts with answers, for SFT and every kind of distillation.
 
     Args:
@@ -90,12 +86,7 @@ class Instructions(L.LightningDataModule):
         tokenize_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if max_prompt_length >= max_length:
-            raise ValueError(
-                f"data.max_prompt_length ({max_prompt_length}) leaves no room for an answer within data.max_length "
-                f"({max_length}). Lower the first or raise the second."
-            )
+        check_room(max_prompt_length, max_length)
         if batch_tokens is not None and batch_size is not None:
             raise ValueError(
                 f"data.batch_size ({batch_size}) and data.batch_tokens ({batch_tokens}) both set the size of a "
@@ -106,12 +97,24 @@ class Instructions(L.LightningDataModule):
                 f"data.pack_to ({pack_to}) fills rows with tokens, so data.batch_tokens ({batch_tokens}) has nothing to "
                 f"decide. Set data.batch_tokens: null and data.batch_size to the number of rows."
             )
-        counts = {"batch_size": batch_size, "batch_tokens": batch_tokens, "pack_to": pack_to}
-        for name, value in {**counts, "eval_batch_size": eval_batch_size, "bucket": bucket}.items():
+        for name, value in {"batch_tokens": batch_tokens, "pack_to": pack_to}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.columns, self.limit = columns or {}, limit
+        super().__init__(
+            train=train,
+            validation=validation,
+            test=test,
+            columns=columns,
+            batch_size=8 if batch_size is None and batch_tokens is None else batch_size,
+            eval_batch_size=eval_batch_size,
+            bucket=bucket,
+            drop_last=drop_last,
+            limit=limit,
+            num_workers=num_workers,
+            tokenize_workers=tokenize_workers,
+            seed=seed,
+        )
+        self.batch_tokens, self.pack_to = batch_tokens, pack_to
         self.alignment = alignment
         self.encoding = Encoding(
             template=template,
@@ -124,104 +127,24 @@ class Instructions(L.LightningDataModule):
             long_answers=long_answers,
             alignment=alignment or "bytes",
         )
-        self.batch_size = 8 if batch_size is None and batch_tokens is None else batch_size
-        self.batch_tokens, self.pack_to, self.eval_batch_size = batch_tokens, pack_to, eval_batch_size
-        self.bucket, self.drop_last, self.seed = bucket, drop_last, seed
-        self.num_workers, self.tokenize_workers = num_workers, tokenize_workers
-        self.sets: dict[str, TokenizedSet] = {}
         self.stored: dict[str, StoredPart] = {}  # what a method has of its teacher on disk, by part
 
-    def prepare_data(self) -> None:
-        """One process per node tokenises; the others then find the result in the cache."""
-        for split in self._splits_of_stage(None):
-            self._tokenized(split)
-
-    def setup(self, stage: str) -> None:
-        for split in self._splits_of_stage(stage):
-            if split not in self.sets:
-                self.sets[split] = self._tokenized(split)
-                rank_zero_info(self.sets[split].summary.text(f"{split} ({self.sources[split]})"))
-
-    def train_dataloader(self) -> StepLoader:
-        examples = self.sets["train"]
-        limited = self.batch_tokens is not None or self.pack_to is not None
-        if not limited and self.drop_last:
-            self._check_enough(examples)
+    def _training_sampler(self, examples: TokenizedSet) -> StepSampler:
+        if self.batch_tokens is None and self.pack_to is None:
+            return super()._training_sampler(examples)
         sampler = self._sampler(
             examples,
-            examples.longer_lengths if limited else examples.lengths,
+            examples.longer_lengths,
             batch_size=self.batch_size,
             batch_tokens=self.batch_tokens,
             pack_to=self.pack_to,
-            accumulate=self.trainer.accumulate_grad_batches,
-            shuffle=True,
-            seed=self.seed,
-            drop_last=self.drop_last,
-            bucket=self.bucket,
+            **self._training_order(),
         )
-        if limited:
-            rank_zero_info(
-                f"train: {len(examples):,} examples in {len(sampler):,} micro-batches per process and epoch, "
-                f"{sampler.fill:.0%} of whose tokens are not padding"
-            )
-        return StepLoader(self._batches("train"), sampler, num_workers=self.num_workers)
-
-    def _check_enough(self, examples: TokenizedSet) -> None:
-        per_step = self.batch_size * self.trainer.world_size
-        if len(examples) < per_step:
-            raise ValueError(
-                f"data.train has {len(examples)} usable examples, fewer than one micro-batch on every process "
-                f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"
-                f"  Lower data.batch_size or set data.drop_last: false."
-            )
-
-    def val_dataloader(self) -> DataLoader | list:
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> DataLoader | list:
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        return DataLoader(self.prompts("test"), batch_size=self.eval_batch_size, collate_fn=list)
-
-    def prompts(self, split: Split, limit: int | None = None) -> list[EvaluationPrompt]:
-        """Prompts of a part for generated answers, in the file's order, or none when the part was not configured."""
-        if split not in self.sets:
-            return []
-        examples = self.sets[split]
-        return [examples.prompt(row) for row in range(len(examples) if limit is None else min(limit, len(examples)))]
-
-    def upcoming(self, examples: tuple[int, ...], steps: int) -> list[list[MicroBatch]]:
-        """This rank's micro-batches from that of `examples` on to the end of the `steps`-th optimizer step, by step.
-
-        Args:
-            examples: of a micro-batch of the current epoch.
-            steps: optimizer steps, the one of `examples` included; the epoch may end before.
-        """
-        sampler = self.trainer.train_dataloader.sampler
-        planned, accumulate = sampler.plan(sampler.epoch), self.trainer.accumulate_grad_batches
-        first = [micro.examples for micro in planned].index(examples)
-        begin = first - first % accumulate
-        ends = [begin + (number + 1) * accumulate for number in range(steps)]
-        parts = [planned[max(end - accumulate, first) : end] for end in ends]
-        return [part for part in parts if part]
-
-    def _evaluation_loader(self, split: Split) -> DataLoader | list:
-        if split not in self.sets:
-            return []
-        examples = self.sets[split]
-        sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
-        return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
-
-    def _sampler(self, examples: TokenizedSet, lengths: list[int], **settings) -> StepSampler:
-        return StepSampler(
-            lengths,
-            examples.supervised,
-            examples.pairs,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            **settings,
+        rank_zero_info(
+            f"train: {len(examples):,} examples in {len(sampler):,} micro-batches per process and epoch, "
+            f"{sampler.fill:.0%} of whose tokens are not padding"
         )
+        return sampler
 
     def _batches(self, split: Split) -> InstructionBatches:
         student, teacher = self._tokenizers()
@@ -233,9 +156,7 @@ class Instructions(L.LightningDataModule):
         )
 
     def _tokenized(self, split: Split) -> TokenizedSet:
-        rows = load_rows(self.sources[split], self.columns, ("prompt", "response"))
-        if self.limit is not None:
-            rows = rows.select(range(min(self.limit, len(rows))))
+        rows = self._rows(split, ("prompt", "response"))
         student, teacher = self._tokenizers()
         encoding = replace(self.encoding, alignment=self._alignment(self.trainer.lightning_module))
         return tokenize_rows(rows, encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split])
@@ -254,13 +175,6 @@ class Instructions(L.LightningDataModule):
         """The student's tokenizer and, where it differs, the teacher's, as the method names them."""
         method = self.trainer.lightning_module
         return method.student_tokenizer, method.teacher_tokenizer
-
-    def _splits_of_stage(self, stage: str | None) -> list[Split]:
-        wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
-        splits = wanted[stage or _stage_name(self.trainer)]
-        if stage == "test" and self.sources["test"] is None:
-            raise ValueError("data.test is not set, so there is nothing to test on. Name a file, or demo:test.")
-        return [split for split in splits if self.sources[split] is not None]
 
 
 class InstructionBatches:
@@ -317,7 +231,3 @@ class InstructionBatches:
 
 def _joined(counts: list[list[int]]) -> Tensor:
     return torch.tensor([count for sequence in counts for count in sequence], dtype=torch.int64)
-
-
-def _stage_name(trainer: L.Trainer) -> str:
-    return {"fit": "fit", "validate": "validate", "test": "test", "predict": "predict"}[trainer.state.fn.value]

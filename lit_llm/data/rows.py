@@ -9,14 +9,20 @@ from lit_llm.storage import cache_folder
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet", ".csv": "csv"}
 
+_DEMO = {  # what a source begins with -> how the file's name begins, and the parts
+    "demo:": ("", ("train", "validation", "test")),
+    "demo-preferences:": ("preferences_", ("train", "judge", "validation", "test")),
+}
+
 
 def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...]):
     """Read a data set and rename its columns.
 
     Args:
         source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a folder written by
-            `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the set that is shipped; else a
-            hub id. A folder or hub id may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
+            `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the instructions that are shipped,
+            `demo-preferences:train`, `:judge`, `:validation` or `:test` for the pairs; else a hub id. A folder or hub id
+            may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
         columns: our name -> the file's name. Columns that are not named keep their own names.
         required: our names that must exist afterwards.
 
@@ -46,8 +52,8 @@ def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...]):
 def _read(source: str):
     import datasets
 
-    if source.startswith("demo:"):
-        source = _demo_file(source.removeprefix("demo:"))
+    if source.startswith(tuple(_DEMO)):
+        source = _demo_file(source)
     path = Path(source)
     name, _, split = source.partition("@")
     if Path(name).is_dir():
@@ -94,8 +100,10 @@ def _single(loaded, source: str, split: str):
     return loaded[split]
 
 
-def _demo_file(split: str) -> str:
-    file = importlib.resources.files("lit_llm.data") / "demo" / f"{split}.jsonl.gz"
-    if not file.is_file():
-        raise ValueError(f"demo:{split} does not exist. The shipped set has demo:train, demo:validation and demo:test.")
-    return str(file)
+def _demo_file(source: str) -> str:
+    kind, _, split = source.partition(":")
+    prefix, parts = _DEMO[f"{kind}:"]
+    if split not in parts:
+        *first, last = [f"{kind}:{part}" for part in parts]
+        raise ValueError(f"{source} does not exist. The shipped set has {', '.join(first)} and {last}.")
+    return str(importlib.resources.files("lit_llm.data") / "demo" / f"{prefix}{split}.jsonl.gz")

@@ -25,12 +25,14 @@ class MicroBatch:
         step_tokens: supervised student tokens of the whole optimizer step, all ranks.
         step_pairs: aligned pairs of the whole optimizer step, all ranks.
         row_sizes: how many of the examples stand in each row, in order; None: every example has its own row.
+        step_other_tokens: supervised tokens of the other answers of the whole optimizer step, where examples have two.
     """
 
     examples: tuple[int, ...]
     step_tokens: int
     step_pairs: int
     row_sizes: tuple[int, ...] | None = None
+    step_other_tokens: int = 0
 
 
 class StepSampler(Sampler[MicroBatch]):
@@ -53,6 +55,7 @@ class StepSampler(Sampler[MicroBatch]):
             tokens, groups are formed within such windows.
         batch_tokens: padded tokens of a micro-batch, instead of `batch_size`.
         pack_to: tokens of a row that holds several examples; None: one example is one row.
+        other_supervised: supervised tokens of the other answer of each example, where it has two.
 
     With `batch_tokens` or `pack_to` every epoch has the same number of micro-batches, all examples take part, and
     `drop_last` has nothing to drop.
@@ -77,7 +80,9 @@ class StepSampler(Sampler[MicroBatch]):
         bucket: int = 1,
         batch_tokens: int | None = None,
         pack_to: int | None = None,
+        other_supervised: Sequence[int] | None = None,
     ) -> None:
+        self.other_supervised = other_supervised
         self.lengths, self.supervised, self.pairs = lengths, supervised, pairs
         self.batch_size, self.accumulate = batch_size, accumulate
         self.rank, self.world_size = rank, world_size
@@ -128,14 +133,14 @@ class StepSampler(Sampler[MicroBatch]):
         for start in range(0, len(rounds), self.accumulate):
             step = rounds[start : start + self.accumulate]
             members = [example for ranks in step for rows in ranks for row in rows for example in row]
-            tokens = sum(self.supervised[example] for example in members)
-            pairs = sum(self.pairs[example] for example in members)
-            planned += [self._micro_batch(ranks[self.rank], tokens, pairs) for ranks in step if ranks[self.rank]]
+            counts = (self.supervised, self.pairs, self.other_supervised or ())
+            totals = tuple(sum(count[example] for example in members) if count else 0 for count in counts)
+            planned += [self._micro_batch(ranks[self.rank], *totals) for ranks in step if ranks[self.rank]]
         return planned
 
-    def _micro_batch(self, rows: list[list[int]], tokens: int, pairs: int) -> MicroBatch:
+    def _micro_batch(self, rows: list[list[int]], tokens: int, pairs: int, other_tokens: int) -> MicroBatch:
         sizes = tuple(len(row) for row in rows) if self.packed else None
-        return MicroBatch(tuple(example for row in rows for example in row), tokens, pairs, sizes)
+        return MicroBatch(tuple(example for row in rows for example in row), tokens, pairs, sizes, other_tokens)
 
     def _rounds(self, epoch: int) -> list[list[list[list[int]]]]:
         """Rounds in order; a round is one micro-batch for every rank, a micro-batch is rows of examples."""

@@ -37,11 +37,20 @@ def render_prompt(tokenizer, template: Template, instruction: str, context: str 
         return _ALPACA.format(context_clause=clause, instruction=instruction, context_block=block)
     if template == "plain":
         return "\n".join(part for part in (instruction, context) if part) + "\n"
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": "\n".join(part for part in (instruction, context) if part)})
+    return render_chat(tokenizer, messages)
+
+
+def render_chat(tokenizer, messages: list[dict[str, str]]) -> str:
+    """A conversation in the tokenizer's own chat template, with an opened answer.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             f"data.template is 'chat', but the tokenizer of {tokenizer.name_or_path!r} has no chat template.\n"
             f"  Set data.template to alpaca or plain, or take an instruction-tuned model."
         )
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": "\n".join(part for part in (instruction, context) if part)})
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from lit_llm.data.minimum_edit import align_minimum_edit, nearest_tokens
 from lit_llm.data.templates import render_prompt
@@ -83,12 +84,14 @@ class EvaluationPrompt:
         student_ids: its tokens.
         teacher_ids: the teacher's tokens of it; None when both share one tokenizer.
         references: accepted answers.
+        checks: constraints that the answer should keep (`evaluation.constraints`); None where the row states none.
     """
 
     text: str
     student_ids: list[int]
     teacher_ids: Optional[list[int]]
     references: list[str]
+    checks: Optional[list[dict[str, Any]]] = None
 
 
 class TokenizedSet:
@@ -152,18 +155,7 @@ def tokenize_rows(rows, encoding: Encoding, student, teacher, *, workers: int, n
         )
     encoder = RowEncoder(encoding, student, teacher)
     encoder.prepare()
-    folder = cache_folder() / "tokenized"
-    folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = _fingerprint(rows, encoding, student, teacher)
-    processes = workers or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_WORKER)
-    encoded = rows.map(
-        encoder,
-        remove_columns=rows.column_names,
-        num_proc=processes if processes > 1 else None,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        desc=f"Tokenising {name}",
-    )
+    encoded = map_cached(rows, encoder, [_FORMAT, asdict(encoding)], (student, teacher), workers=workers, name=name)
     status = encoded["status"][:]
     kept = encoded.select([row for row, reason in enumerate(status) if reason == "kept"])
     dropped = {reason: count for reason in _DROPPED if (count := status.count(reason))}
@@ -187,11 +179,40 @@ def tokenize_rows(rows, encoding: Encoding, student, teacher, *, workers: int, n
     return TokenizedSet(kept, summary, distinct_teacher=teacher is not None)
 
 
+def map_cached(
+    rows, encoder: Callable[[dict], dict], parts: list, tokenizers: tuple, *, workers: int, name: str, features=None
+):
+    """Encode every row, or find the result of an earlier call in the cache.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        encoder: from the fields of a row to those of the result; picklable.
+        parts: what the result depends on beside rows and tokenizers, as JSON can hold it.
+        tokenizers: those that the encoder uses; None is left out.
+        workers: processes; 0 chooses by the number of rows.
+        name: of the data, for the progress bar.
+        features: types of the result's columns, `datasets.Features`; None infers them from the first rows.
+    """
+    folder = cache_folder() / "tokenized"
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = _fingerprint(rows, parts, tokenizers)
+    processes = workers or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_WORKER)
+    return rows.map(
+        encoder,
+        remove_columns=rows.column_names,
+        num_proc=processes if processes > 1 else None,
+        new_fingerprint=fingerprint,
+        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        features=features,
+        desc=f"Tokenising {name}",
+    )
+
+
 def encode_prompt(tokenizer, rules: Encoding, prompt: str, context: str) -> tuple[str, list[int], bool]:
     """The text of a prompt, its tokens (the beginning-of-sequence token included), and whether it lost its beginning."""
     text = render_prompt(tokenizer, rules.template, prompt, context, rules.system)
     prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begin = _begin_ids(tokenizer) if rules.begin == "auto" else []
+    begin = begin_ids(tokenizer) if rules.begin == "auto" else []
     if prompt_ids[: len(begin)] == begin:
         prompt_ids = prompt_ids[len(begin) :]
     room = rules.max_prompt_length - len(begin)
@@ -319,17 +340,17 @@ def _num_paired(pairs: dict[str, list[int]]) -> int:
     return sum(pairs["pieces_student"]) if "pieces_student" in pairs else len(pairs["pair_student"])
 
 
-def _begin_ids(tokenizer) -> list[int]:
+def begin_ids(tokenizer) -> list[int]:
     """What the tokenizer itself puts before a text, e.g. [bos] for Gemma and nothing for GPT-2."""
     if tokenizer.bos_token_id is None:
         return []
     return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
 
-def _fingerprint(rows, encoding: Encoding, student, teacher) -> str:
+def _fingerprint(rows, parts: list, tokenizers: tuple) -> str:
     """Names the cached result by everything that it depends on."""
-    parts = [_FORMAT, rows._fingerprint, asdict(encoding)]
-    for tokenizer in (student, teacher):
+    parts = [rows._fingerprint, *parts]
+    for tokenizer in tokenizers:
         if tokenizer is not None:
             parts.append([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map])
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
