@@ -30,6 +30,7 @@ from lit_llm.data.preferences import Preferences  # noqa: F401  makes the short 
 from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
+from lit_llm.stages import MACHINE, Stage, Stages, referred
 
 # `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -139,6 +140,7 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="compile the elementwise parts of the losses: half a minute at the first step; None: where a GPU is used",
         )
+        parser.add_argument("--stages", type=dict[str, Stage], default={}, help="runs that come first (lit_llm/stages.py)")
         parser.add_argument("--vars", type=dict, default={}, help="values for ${vars.NAME} in a config")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
@@ -152,8 +154,28 @@ class TrainingCLI(LightningCLI):
             )
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
+        self._use_stages(config)
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run folder keeps the config that it was trained with
+
+    def _use_stages(self, config) -> None:
+        """Run the stages that are missing, and put their models in the place of `stage:NAME`."""
+        models = {}
+        if config.stages:
+            stages = Stages(
+                {name: stage if isinstance(stage, Stage) else Stage(**stage) for name, stage in config.stages.items()},
+                folder=Path(config.run.root) / config.run.name / "stages",
+                beside=[Path(str(file)).parent for file in config.get("config") or []],
+                resolve=self._resolved,
+                inherited={f"trainer.{key}": config.trainer[key] for key in MACHINE},
+            )
+            models = stages.models(run_missing=self.subcommand == "fit")
+        for key, value in list(config.model.items()):
+            config.model[key] = referred(value, models)
+
+    def _resolved(self, options: list[str]) -> dict:
+        """The config of a `fit` with these options, every default filled in."""
+        return self._subcommand_parsers["fit"].parse_args(options).as_dict()
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         config = self.config[self.subcommand]

@@ -19,11 +19,14 @@ CLASSES = {
     "mined": "MinED",
     "shared": "SharedVocabularyKD",
     "gold": "GOLD",
+    "dpo": "DPO",
+    "align": "AlignDistil",
 }
 METHODS = (
     *("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"),
     *("uld", "uld_cross", "mined_cross", "shared_cross", "gold_cross", "gold_cross_hybrid"),
     *("kd_sampled", "dskd_sampled", "dskd_cross_sampled"),
+    *("dpo", "dpo_token_level", "align", "align_sampled"),
 )
 ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
 
@@ -44,6 +47,17 @@ def write_rows(path: Path, number: int, start: int = 0) -> Path:
     for i in range(start, start + number):
         animal, other = ANIMALS[i % 12], ANIMALS[(i * 5 + 3) % 12]
         rows.append({"prompt": f"Name the {animal} number {i}.", "response": f"The {animal} {i} saw a {other}."})
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+def write_pairs(path: Path, number: int, start: int = 0) -> Path:
+    rows = []
+    for i in range(start, start + number):
+        animal, other = ANIMALS[i % 12], ANIMALS[(i * 5 + 3) % 12]
+        answers = {"chosen": f"The {animal} {i} saw a {other}.", "rejected": f"It is {other} or so, {i} times."}
+        checks = [{"kind": "include", "words": [animal]}]
+        rows.append({"prompt": f"Name the {animal} number {i}.", **answers, "checks": checks})
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
 
@@ -74,8 +88,15 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         "optimization": {"lr": 1e-2},
         "generation": {"prompts": 2, "test_prompts": 2, "max_new_tokens": 4},
     }
-    if method != "sft":
+    on_pairs = method.startswith(("dpo", "align"))
+    write = write_pairs if on_pairs else write_rows
+    if method.startswith("align"):
+        other = tiny_model_folder(folder / "other", tokenizer=byte_level, hidden_size=32, layers=2, seed=5)
+        model |= {"dpo": {"source": str(teacher)}, "other": {"source": str(other)}, "watch_start": True}
+    elif method != "sft" and not on_pairs:
         model["teacher"] = {"source": str(teacher)}
+    if method == "dpo_token_level":
+        model["loss"] = "tdpo2"
     if method in ("dskd_v1", "dskd_cross_cma"):
         model["projectors"] = {"version": "v1"}
     if method.endswith("hybrid"):
@@ -86,11 +107,11 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         "seed_everything": 3,
         "model": {"class_path": CLASSES[method.split("_")[0]], "init_args": model},
         "data": {
-            "class_path": "Instructions",
+            "class_path": "Preferences" if on_pairs else "Instructions",
             "init_args": {
-                "train": str(write_rows(folder / "train.jsonl", 24)),
-                "validation": str(write_rows(folder / "validation.jsonl", 4, start=24)),
-                "test": str(write_rows(folder / "test.jsonl", 4, start=28)),
+                "train": str(write(folder / "train.jsonl", 24)),
+                "validation": str(write(folder / "validation.jsonl", 4, start=24)),
+                "test": str(write(folder / "test.jsonl", 4, start=28)),
                 "template": "plain",
                 "max_length": 48,
                 "max_prompt_length": 24,

@@ -95,10 +95,18 @@ class PlannedData(L.LightningDataModule, ABC):
         return StepLoader(self._batches("train"), sampler, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader | list:
-        return self._evaluation_loader("validation")
+        return self.evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader | list:
-        return self._evaluation_loader("test")
+        return self.evaluation_loader("test")
+
+    def evaluation_loader(self, split: Split) -> DataLoader | list:
+        """Every example of a part once, over all ranks, in batches of similar length; [] where the part is not configured."""
+        if split not in self.sets:
+            return []
+        examples = self.sets[split]
+        sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
+        return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(self.prompts("test"), batch_size=self.eval_batch_size, collate_fn=list)
@@ -147,13 +155,6 @@ class PlannedData(L.LightningDataModule, ABC):
                 f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"
                 f"  Lower data.batch_size or set data.drop_last: false."
             )
-
-    def _evaluation_loader(self, split: Split) -> DataLoader | list:
-        if split not in self.sets:
-            return []
-        examples = self.sets[split]
-        sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
-        return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 
     def _sampler(self, examples: ExampleSet, lengths: list[int], **settings) -> StepSampler:
         return StepSampler(

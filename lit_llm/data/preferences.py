@@ -49,7 +49,7 @@ class Preferences(PlannedData):
 
     Attributes:
         reference: part -> (N, 2) log-probabilities of the chosen and rejected answers of each of its pairs under a
-            reference model. A method that has them puts them here before batches are made, which then carry them.
+            reference model. A method that has them puts them here before batches are read, which then carry them.
     """
 
     def __init__(
@@ -116,13 +116,7 @@ class Preferences(PlannedData):
         return super()._sampler(examples, lengths, other_supervised=examples.rejected_supervised, **settings)
 
     def _batches(self, split: Split) -> PreferenceBatches:
-        examples, reference = self.sets[split], self.reference.get(split)
-        if reference is not None and tuple(reference.shape) != (len(examples), 2):
-            raise ValueError(
-                f"The stored log-probabilities of {split} have shape {tuple(reference.shape)}, but the part has "
-                f"{len(examples)} pairs, so ({len(examples)}, 2) is needed. Compute them again."
-            )
-        return PreferenceBatches(examples, self._tokenizer().pad_token_id, reference)
+        return PreferenceBatches(self.sets[split], self._tokenizer().pad_token_id, self.reference, split)
 
     def _tokenizer(self):
         """The policy's; every other model reads the same tokens."""
@@ -138,8 +132,8 @@ class Preferences(PlannedData):
 class PreferenceBatches:
     """The finished batch of a `MicroBatch`, for a DataLoader's workers."""
 
-    def __init__(self, examples: PairSet, pad_id: int, reference: Tensor | None) -> None:
-        self.examples, self.pad_id, self.reference = examples, pad_id, reference
+    def __init__(self, examples: PairSet, pad_id: int, reference: dict[str, Tensor], split: Split) -> None:
+        self.examples, self.pad_id, self.reference, self.split = examples, pad_id, reference, split
 
     def __getitem__(self, micro: MicroBatch) -> PreferenceBatch:
         rows = [self.examples[example] for example in micro.examples]
@@ -156,5 +150,16 @@ class PreferenceBatches:
             step_rejected_tokens=micro.step_other_tokens,
             num_tokens=int(chosen.length_B.sum() + rejected.length_B.sum()),
             examples=micro.examples,
-            reference_B2=None if self.reference is None else self.reference[list(micro.examples)],
+            reference_B2=self._reference(micro.examples),
         )
+
+    def _reference(self, examples: tuple[int, ...]) -> Tensor | None:
+        reference_N2 = self.reference.get(self.split)
+        if reference_N2 is None:
+            return None
+        if tuple(reference_N2.shape) != (len(self.examples), 2):
+            raise ValueError(
+                f"The stored log-probabilities of {self.split} have shape {tuple(reference_N2.shape)}, but the part has "
+                f"{len(self.examples)} pairs, so ({len(self.examples)}, 2) is needed. Compute them again."
+            )
+        return reference_N2[list(examples)]

@@ -1,5 +1,7 @@
 """Training methods. Importing this package is what makes their short names known to the command line."""
 
+from lit_llm.methods.align_distil import AlignDistil
+from lit_llm.methods.dpo import DPO
 from lit_llm.methods.dskd import DSKD
 from lit_llm.methods.gold import GOLD
 from lit_llm.methods.kd import KD
@@ -8,4 +10,4 @@ from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
 from lit_llm.methods.uld import ULD
 
-__all__ = ["DSKD", "GOLD", "KD", "SFT", "ULD", "MinED", "SharedVocabularyKD"]
+__all__ = ["AlignDistil", "DPO", "DSKD", "GOLD", "KD", "SFT", "ULD", "MinED", "SharedVocabularyKD"]

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Optional
 
-import lightning as L
 import numpy
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
-from lit_llm.data.tokenized import Alignment, EvaluationPrompt
-from lit_llm.evaluation.rouge import RougeL
-from lit_llm.evaluation.samples import Sample
+from lit_llm.data.tokenized import Alignment
 from lit_llm.losses.fused_head import cross_entropy
+from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.schedule import learning_rate_factor
-from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
-from lit_llm.storage import write_atomically
+from lit_llm.models.language_model import ModelSpec
 
 
 @dataclass
@@ -63,36 +57,7 @@ class Optimization:
             raise ValueError(f"optimization.final_lr ({self.final_lr}) is above optimization.lr ({self.lr}).")
 
 
-@dataclass
-class Generation:
-    """Answers generated during evaluation, scored with ROUGE-L and shown side by side.
-
-    Args:
-        prompts: validation prompts that are answered each time; 0 turns it off.
-        test_prompts: test prompts that are answered; None: all.
-        max_new_tokens: length limit of an answer.
-        temperatures: 0 is greedy. The first one is reported as `rouge_l`, the others with their temperature.
-        seeds: one pass each for temperatures above 0; the mean is reported (the DSKD papers use 10, 20, 30, 40, 50).
-        top_p: nucleus sampling; 1 is off.
-        top_k: sampling among the k best; 0 is off.
-        no_repeat_ngram_size: forbids repeated n-grams; 0 is off (the papers' final evaluation uses 6).
-        batch_size: prompts at a time.
-        shown: samples written to TensorBoard and the report.
-    """
-
-    prompts: int = 64
-    test_prompts: Optional[int] = None
-    max_new_tokens: int = 64
-    temperatures: list[float] = field(default_factory=lambda: [0.0])
-    seeds: list[int] = field(default_factory=lambda: [10])
-    top_p: float = 1.0
-    top_k: int = 0
-    no_repeat_ngram_size: int = 0
-    batch_size: int = 32
-    shown: int = 8
-
-
-class Method(L.LightningModule):
+class Method(Answering):
     """A training method: a student, perhaps frozen models beside it, and a loss.
 
     Subclasses write `training_step` and, where they compare with a teacher, `evaluate`.
@@ -117,7 +82,7 @@ class Method(L.LightningModule):
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
     ) -> None:
-        super().__init__()
+        super().__init__(generation)
         if loss_chunk is not None and loss_chunk < 1:
             raise ValueError(f"model.loss_chunk is {loss_chunk}; it counts tokens. Leave it out for the default.")
         if student.quantization is not None and student.lora is None:
@@ -125,13 +90,8 @@ class Method(L.LightningModule):
                 f"model.student.quantization is {student.quantization!r}, but model.student.lora is not set, and quantised "
                 f"weights cannot be trained.\n  Set model.student.lora.rank (QLoRA), or leave the quantisation out."
             )
-        self.student_spec, self.optimization, self.generation = student, optimization, generation
+        self.student_spec, self.optimization = student, optimization
         self.loss_chunk = loss_chunk
-        self.student: LanguageModel | None = None
-        self.frozen_teacher: Frozen | None = None
-        self.samples: list[Sample] = []
-        self._start_answers: dict[str, list[str]] = {}
-        self._teacher_results: dict[str, dict[str, Any]] = {}
         self._generators: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models
@@ -148,14 +108,6 @@ class Method(L.LightningModule):
     def teacher_tokenizer(self):
         """The teacher's tokenizer where it differs from the student's, else None."""
         return None
-
-    @property
-    def teacher(self) -> LanguageModel | None:
-        return None if self.frozen_teacher is None else self.frozen_teacher.model
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     # ------------------------------------------------------------- optimizer
 
@@ -235,21 +187,6 @@ class Method(L.LightningModule):
     def test_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self.evaluate(batch, "test")
 
-    def predict_step(self, batch: list, batch_idx: int) -> list[dict[str, Any]]:
-        answers = self.answer(self.student, [prompt.student_ids for prompt in batch], self.generation.temperatures[0])
-        return [
-            {"prompt": prompt.text, "references": prompt.references, "answer": answer}
-            for prompt, answer in zip(batch, answers, strict=True)
-        ]
-
-    def on_predict_epoch_end(self) -> None:
-        """Write every answer as one line of predictions.jsonl."""
-        rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
-        if self.trainer.is_global_zero:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomically(self.run_folder / "predictions.jsonl", lines)
-            rank_zero_info(f"{len(rows)} answers in {self.run_folder / 'predictions.jsonl'}")
-
     def log_means(self, stage: str, sums: dict[str, Tensor], count: int | Tensor) -> None:
         """Log sums as means over `count` tokens of a whole evaluation, exact over batches and ranks."""
         count = int(count)
@@ -257,78 +194,6 @@ class Method(L.LightningModule):
             return
         means = {f"{stage}/{name}": value.detach() / count for name, value in sums.items()}
         self.log_dict(means, batch_size=count, on_step=False, on_epoch=True, sync_dist=True)
-
-    def on_validation_epoch_end(self) -> None:
-        self._generate("val", "validation", self.generation.prompts)
-
-    def on_test_epoch_end(self) -> None:
-        self._generate("test", "test", self.generation.test_prompts)
-
-    def _generate(self, stage: str, split: str, limit: int | None) -> None:
-        """Answer prompts with the student (and once with the teacher), score them, keep samples for the callbacks."""
-        if limit == 0 or self.trainer.sanity_checking or self.trainer.datamodule is None:
-            return
-        prompts = self.trainer.datamodule.prompts(split, limit)
-        if not prompts:
-            return
-        references = [prompt.references for prompt in prompts]
-        answers = self._scored(stage, "", self.student, [prompt.student_ids for prompt in prompts], references)
-        if self.global_step == 0 and self.trainer.state.fn == "fit":
-            self._start_answers[stage] = answers
-        shown = {"start": self._start_answers.get(stage), "student": answers}
-        teacher = self.teacher_result(stage, prompts)
-        if teacher is not None:
-            shown["teacher"] = teacher["answers"]
-            self.log_dict(teacher["scores"], rank_zero_only=False)
-        self.samples = [
-            Sample(prompts[row].text, references[row][0], {who: texts[row] for who, texts in shown.items() if texts})
-            for row in range(min(self.generation.shown, len(prompts)))
-        ]
-
-    def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:
-        """The teacher's answers and their scores, made once; None without a teacher."""
-        if self.teacher is not None and stage not in self._teacher_results:
-            ids = [prompt.teacher_ids or prompt.student_ids for prompt in prompts]
-            self._teacher_results[stage] = {"answers": ids, "scores": {}}
-            answers = self._scored(stage, "teacher_", self.teacher, ids, [prompt.references for prompt in prompts])
-            self._teacher_results[stage]["answers"] = answers
-        return self._teacher_results.get(stage)
-
-    def _scored(self, stage: str, who: str, model: LanguageModel, prompts, references) -> list[str]:
-        """Answers at the first temperature; logs the mean ROUGE-L of every temperature over its seeds."""
-        first: list[str] = []
-        for number, temperature in enumerate(self.generation.temperatures):
-            scores = []
-            for seed in self.generation.seeds if temperature > 0 else self.generation.seeds[:1]:
-                answers = self.answer(model, prompts, temperature, seed)
-                first = first or answers
-                metric = RougeL(sync_on_compute=False)
-                metric.update(answers, references)
-                scores.append(metric.compute())
-            name = f"{stage}/{who}rouge_l" + (f"_t{temperature:g}" if number else "")
-            mean = torch.stack(scores).mean().float()
-            if who:
-                self._teacher_results[stage]["scores"][name] = mean
-            else:
-                self.log(name, mean)
-            if len(scores) > 1 and not who:
-                self.log(f"{name}_std", torch.stack(scores).std().float())
-        return first
-
-    def answer(self, model: LanguageModel, prompts: list[list[int]], temperature: float, seed: int = 0) -> list[str]:
-        """Texts that a model generates for tokenised prompts."""
-        settings = self.generation
-        ids = model.generate(
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size,
-            seed=seed,
-            batch_size=settings.batch_size,
-        )
-        return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     # ---------------------------------------------------------------- resume
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.losses.fused_head import HeadTerms
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.models.language_model import ModelSpec
 

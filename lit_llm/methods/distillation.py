@@ -14,7 +14,8 @@ from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.tokenized import EvaluationPrompt
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, cross_entropy, distillation
-from lit_llm.methods.base import Generation, Method, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.methods.stored_teacher import StoredTeacher
 from lit_llm.models.language_model import Frozen, ModelSpec

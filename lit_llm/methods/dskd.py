@@ -21,7 +21,8 @@ from lit_llm.data.vocabulary import shared_tokens, teacher_to_student_ids
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.dual_space import DualSpace, DualSpaceTerms, dual_space, dual_space_cma
 from lit_llm.losses.head import Head
-from lit_llm.methods.base import Generation, Optimization, without_gradients
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization, without_gradients
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.dskd_settings import Projectors
 from lit_llm.methods.on_policy import Compared, OnPolicy

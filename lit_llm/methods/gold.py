@@ -11,7 +11,8 @@ from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.data.vocabulary import shared_tokens
 from lit_llm.losses.fused_head import HeadTerms
 from lit_llm.losses.gold import Hybrid, TokenGroups, gold
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
 from lit_llm.methods.cross_vocabulary import CrossVocabulary
 from lit_llm.models.language_model import ModelSpec
 

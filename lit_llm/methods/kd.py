@@ -12,7 +12,8 @@ from lit_llm.data.teacher_store import TeacherStore
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms, distillation
 from lit_llm.losses.sparse_teacher import sparse_distillation
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import Distillation
 from lit_llm.methods.on_policy import OnPolicy
 from lit_llm.models.language_model import ModelSpec

@@ -13,7 +13,8 @@ from lit_llm.data.vocabulary import token_spellings
 from lit_llm.losses.cross_vocabulary import first_source, mined
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
 from lit_llm.methods.cross_vocabulary import CrossVocabulary
 from lit_llm.models.language_model import ModelSpec
 

@@ -12,7 +12,8 @@ from lit_llm.data.vocabulary import shared_tokens
 from lit_llm.losses.cross_vocabulary import shared_vocabulary
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import HeadTerms
-from lit_llm.methods.base import Generation, Optimization
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
 from lit_llm.methods.cross_vocabulary import CrossVocabulary
 from lit_llm.models.language_model import ModelSpec
 

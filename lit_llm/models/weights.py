@@ -33,13 +33,27 @@ def source_digests(source: str) -> tuple[str | None, str | None]:
     return weights, _config_digest(config) if config.is_file() else None
 
 
-def state_digest(model: nn.Module) -> str:
-    """sha256 of names, types, shapes and values of all parameters and buffers."""
+def state_digest(model: nn.Module, leave_out: str | None = None) -> str:
+    """sha256 of names, types, shapes and values of all parameters and buffers but those with `leave_out` in their name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if leave_out is not None and leave_out in name:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def content_digest(path: str) -> str | None:
+    """sha256 of a file, or of the weights and the config of a model's folder; None where the text names neither."""
+    place = Path(path)
+    if len(path) > 1000 or "\n" in path:
+        return None
+    if place.is_file():
+        return _file_digest(place)
+    if (place / "config.json").is_file():
+        return hashlib.sha256(json.dumps(source_digests(path)).encode()).hexdigest()
+    return None
 
 
 def _local_folder(source: str) -> Path | None:

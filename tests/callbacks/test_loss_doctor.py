@@ -14,6 +14,8 @@ from tests.tiny_runs import METHODS, fit, tiny_config
 
 QUIET = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 TERMS = {"sft": {"ce"}} | {m: {"ce", "kd"} for m in METHODS if not m.startswith(("sft", "dskd"))}
+TERMS |= {m: {"preference"} for m in METHODS if m.startswith("dpo")}
+TERMS |= {m: {"kl"} for m in METHODS if m.startswith("align")}
 DUAL = {"ce", "t2s_ce", "t2s_kd", "s2t_kd"}
 
 

@@ -20,7 +20,9 @@ def serve(task: dict) -> None:
     """Answer `ready`, then one JSON line per step: seconds, loss, gradient norm, peak memory above the loaded level.
 
     A line `memory` asks for a step whose memory is measured. It starts from an allocator that holds nothing, which takes
-    time that other steps do not need, so its seconds are not those of training.
+    time that other steps do not need, so its seconds are not those of training. A line `time` asks for two steps, of which
+    the second is timed: training takes one step after another, while here others had their turn in between, and what they
+    pushed out of caches and memory must first come back.
 
     Args:
         task: suite, contender, setting, threads, device, dtype, and `folder` of a checkout where one is needed.
@@ -38,6 +40,10 @@ def serve(task: dict) -> None:
         if line.strip() == "memory":
             release_scratch()
             meter.start()
+        else:
+            step.loss()
+            step.clear()
+            gc.collect()
         start = time.perf_counter()
         loss = step.loss()
         meter.wait()

@@ -1,0 +1,266 @@
+"""AlignDistil: preference alignment as token-level distillation from a DPO and a reverse-DPO model (arXiv 2503.02832).
+
+Shapes: B pairs or samples, T supervised tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_llm.data.batch import PreferenceBatch, TokenBatch
+from lit_llm.losses.adaptive_policy import AdaptivePolicy, AdaptivePolicyTerms, adaptive_policy, sample_weights
+from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.fused_head import distillation
+from lit_llm.losses.preference import mean_by_sequence, sum_by_sequence
+from lit_llm.losses.token_log_probs import token_log_probs
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Optimization
+from lit_llm.methods.distillation import same_tokenizer
+from lit_llm.methods.on_policy import OnPolicy, Rollouts
+from lit_llm.methods.preference import PreferenceMethod
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+
+_LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
+_PER_TOKEN = ("alpha", "tvd", "beta", "expected_reward", "kl_dpo", "kl_other", "entropy", "teacher_entropy")
+
+
+class AlignDistil(PreferenceMethod):
+    """Distil a policy from the distribution that lies beyond a DPO model, away from a reverse-DPO model.
+
+    Loss of a token: beta_t KL(policy || teacher) over the whole vocabulary, with teacher and beta_t as in `combination`
+    (sections 3 and 4 of the paper). Tokens are those of the chosen answers, or of answers that the policy samples. Dropout
+    is off. The paper's three models: the policy, which starts where DPO started, and two frozen ones.
+
+    Args:
+        student: the policy that is trained.
+        dpo: a model trained with DPO on the pairs.
+        other: a model trained with DPO on the swapped pairs (`reverse: true`); where `combination.rule` interpolates,
+            the model that DPO started from.
+        combination: of the two frozen models, and the weight of each token.
+        form: `combined` compares with the normalised teacher; `decomposed` has the same gradient, another value, and
+            does not form the amplified logits.
+        reduction: `sample_mean`: mean over answers of the mean over tokens, as published; `sum`: mean over answers of
+            the sum; `token_mean`: mean over all tokens.
+        on_policy: learn on answers that the policy samples. None: on the chosen answers. In the paper
+            `student_fraction: 1`.
+        watch_start: keep the starting model beside the others and log the KL to it during evaluation.
+        optimization: optimizer and schedule.
+        generation: answers generated during evaluation.
+        loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
+    """
+
+    reference_parts = ("validation", "test")
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        dpo: ModelSpec,
+        other: ModelSpec,
+        combination: AdaptivePolicy = AdaptivePolicy(),
+        form: Literal["combined", "decomposed"] = "combined",
+        reduction: Literal["sample_mean", "sum", "token_mean"] = "sample_mean",
+        on_policy: Optional[OnPolicy] = None,
+        watch_start: bool = False,
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),
+        loss_chunk: Optional[int] = None,
+    ) -> None:
+        super().__init__(student, None, optimization, generation, loss_chunk)
+        for name, spec in {"dpo": dpo, "other": other}.items():
+            if spec.lora is not None:
+                raise ValueError(
+                    f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
+                    "out: a model trained with adapters is exported with them merged."
+                )
+        self.dpo_spec, self.other_spec, self.combination = dpo, other, combination
+        self.form, self.reduction, self.watch_start = form, reduction, watch_start
+        self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
+        self.frozen_other: Frozen | None = None
+        self.frozen_start: Frozen | None = None
+        self._frozen_sums: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    # ---------------------------------------------------------------- models
+
+    def configure_model(self) -> None:
+        if self.frozen_other is None:
+            self._check_tokenizers()
+        super().configure_model()
+        if self.frozen_other is None:
+            self.frozen_teacher, self.frozen_other = Frozen(self.dpo_spec.load()), Frozen(self.other_spec.load())
+            if self.watch_start:
+                self.frozen_start = Frozen(self.student_spec.load())
+
+    @property
+    def other(self) -> LanguageModel:
+        return self.frozen_other.model
+
+    def _check_tokenizers(self) -> None:
+        for name, spec in {"dpo": self.dpo_spec, "other": self.other_spec}.items():
+            if not same_tokenizer(self.student_tokenizer, spec.load_tokenizer()):
+                raise ValueError(
+                    f"model.{name} ({spec.source}) has another tokenizer than model.student ({self.student_spec.source}), "
+                    "but AlignDistil compares the models column by column. Take models that started from one."
+                )
+
+    # -------------------------------------------------------------- training
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        tokens, step_tokens = batch.chosen, batch.step_tokens
+        if self.rollouts is not None:
+            compared = self.rollouts.compared(batch)
+            step_tokens = compared.tokens
+            self.log("train/on_policy", float(compared.sampled), batch_size=1)
+            tokens = compared.batch.student if compared.sampled else tokens
+        samples = len(batch.examples)
+        weights = sample_weights(tokens.sequence_T, samples, self.reduction)
+        count = step_tokens if self.reduction == "token_mean" else batch.step_pairs
+        terms = self.compared(tokens, weights.weight_T * self.step_weight(batch, count))
+
+        self.log("train/loss", terms.loss.detach())
+        self._log_tokens(terms, tokens, samples)
+        return terms.loss
+
+    def loss_terms(self, batch: PreferenceBatch) -> dict[str, Callable[[], Tensor]]:
+        weights = sample_weights(batch.chosen.sequence_T, len(batch.examples), self.reduction)
+        count = batch.step_tokens if self.reduction == "token_mean" else batch.step_pairs
+        return {"kl": lambda: self.compared(batch.chosen, weights.weight_T * self.step_weight(batch, count)).loss}
+
+    def compared(self, tokens: TokenBatch, weight_T: Tensor) -> AdaptivePolicyTerms:
+        """The policy beside the two frozen models on these tokens."""
+        with torch.no_grad():
+            dpo_TD, other_TD = self.teacher.hidden(tokens), self.other.hidden(tokens)
+        return adaptive_policy(
+            self.student.hidden(tokens),
+            self.student.head,
+            dpo_TD,
+            self.teacher.head,
+            other_TD,
+            self.other.head,
+            self.combination,
+            weight_T,
+            form=self.form,
+            chunk_size=self.loss_chunk,
+        )
+
+    def _log_tokens(self, terms: AdaptivePolicyTerms, tokens: TokenBatch, samples: int) -> None:
+        """Means over answers of their means over tokens (section 14 of our specification), and the heaviest token."""
+        self.log_step(self._means(terms, tokens, samples), samples)
+        self.log("train/answer_tokens", tokens.num_supervised / samples, batch_size=1)
+        heavy_T = terms.beta_T * terms.value_T
+        self.log("train/max_beta_kl", heavy_T.max(), batch_size=1, reduce_fx="max")
+        largest, mean = heavy_T.max(), heavy_T.abs().mean()
+        if self.global_step == 0 and len(heavy_T) > 1 and largest > _LARGE * mean:
+            rank_zero_warn(
+                f"One token weighs {largest / mean:.0f} times the mean (beta_t KL {largest:.3g}, alpha_t "
+                f"{terms.alpha_T[heavy_T.argmax()]:.3g}): the two frozen models agree there, while the policy does not. See "
+                "train/max_beta_kl; model.combination.beta_cap limits beta_t."
+            )
+
+    @staticmethod
+    def _means(terms: AdaptivePolicyTerms, tokens: TokenBatch, samples: int) -> dict[str, Tensor]:
+        """Sums over answers of their mean over tokens."""
+        values = {name: getattr(terms, f"{name}_T") for name in _PER_TOKEN} | {
+            "kl": terms.value_T,
+            "agreement": terms.agree_T,
+        }
+        return {
+            name: mean_by_sequence(value_T, tokens.sequence_T, samples).sum()
+            for name, value_T in values.items()
+            if value_T is not None
+        }
+
+    # ------------------------------------------------------------ evaluation
+
+    def evaluate(self, batch: PreferenceBatch, stage: str) -> None:
+        """Loss on chosen answers, and how the pairs are judged by the policy and by the two frozen models."""
+        samples, tokens = len(batch.examples), batch.chosen
+        weights = sample_weights(tokens.sequence_T, samples, self.reduction)
+        terms = self.compared(tokens, weights.weight_T)
+        self.log_means(stage, {"loss": terms.loss}, int(weights.count))
+        self.log_means(stage, self._means(terms, tokens, samples), samples)
+        self.log_means(stage, {"tvd_below_0.01": (terms.tvd_T < 0.01).sum()}, tokens.num_supervised)
+        if self.frozen_start is not None:
+            self.log_means(stage, {"kl_start": self._kl_to_start(tokens)}, tokens.num_supervised)
+        self._log_rewards(batch, stage)
+
+    def _log_rewards(self, batch: PreferenceBatch, stage: str) -> None:
+        beta, start_2B = self.combination.dpo_beta, batch.reference_B2.T
+        key = (stage, batch.examples)
+        if key not in self._frozen_sums:
+            self._frozen_sums[key] = tuple(self.answer_log_probs(m, batch) for m in (self.teacher, self.other))
+        dpo_2B, other_2B = self._frozen_sums[key]
+        rewards = {
+            "": self.answer_log_probs(self.student, batch) - start_2B,
+            "dpo_": dpo_2B - start_2B,
+            "contrastive_": dpo_2B - other_2B,
+        }
+        for name, reward_2B in rewards.items():
+            margin_B = beta * (reward_2B[0] - reward_2B[1])
+            sums = {f"{name}reward_margin": margin_B.sum(), f"{name}reward_accuracy": (margin_B > 0).sum()}
+            self.log_means(stage, sums, len(margin_B))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.rollouts is not None and not self.trainer.sanity_checking:
+            batch = self.rollouts.of_validation()
+            if batch is not None:
+                self._evaluate_sampled(batch.student)
+        super().on_validation_epoch_end()
+
+    def _evaluate_sampled(self, tokens: TokenBatch) -> None:
+        """Rewards, divergences and lengths of answers that the policy samples to validation prompts."""
+        samples = len(tokens.length_B)
+        terms = self.compared(tokens, torch.ones_like(tokens.target_T, dtype=torch.float32))
+        for name, value in self._means(terms, tokens, samples).items():
+            self.log(f"val/sampled_{name}", value / samples)
+        log_probs = [
+            token_log_probs(model.hidden(tokens), model.head, tokens.target_T, chunk_size=self.loss_chunk)
+            for model in (self.teacher, self.other)
+        ]
+        sums = {
+            "kl_dpo_of_answer": terms.kl_dpo_T,
+            "expected_reward_of_answer": terms.expected_reward_T,
+            "reward_of_answer": self.combination.dpo_beta * (log_probs[0] - log_probs[1]),
+        }
+        for name, value_T in sums.items():
+            self.log(f"val/sampled_{name}", sum_by_sequence(value_T, tokens.sequence_T, samples).mean())
+        if self.frozen_start is not None:
+            self.log("val/sampled_kl_start_of_answer", self._kl_to_start(tokens) / samples)
+        self.log("val/sampled_tokens", tokens.num_supervised / samples)
+        ended = (tokens.target_T == self.student_tokenizer.eos_token_id).sum() / samples
+        self.log("val/sampled_cut", 1 - ended)
+
+    def _kl_to_start(self, tokens: TokenBatch) -> Tensor:
+        """KL(policy || start), summed over tokens."""
+        model = self.frozen_start.model
+        terms = distillation(
+            self.student.hidden(tokens),
+            self.student.head,
+            tokens.target_T,
+            model.hidden(tokens),
+            model.head,
+            Divergence(name="reverse_kl", temperature=1.0),
+            ce_weight=0.0,
+            kd_weight=1.0,
+            chunk_size=self.loss_chunk,
+        )
+        return terms.kd
+
+    # ---------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.rollouts is not None:
+            checkpoint["lit_llm"]["rollouts"] = self.rollouts.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self.rollouts is not None:
+            self.rollouts.load_state(checkpoint["lit_llm"].get("rollouts", {}))
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "rule": self.combination.rule, "slope": self.combination.slope}

@@ -1,0 +1,137 @@
+"""What methods on preference pairs share: sums of log-probabilities, a reference that is asked once, what is logged.
+
+Shapes: B pairs, 2B answers (first the chosen ones), T supervised tokens of all answers, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from lit_llm.data.batch import PreferenceBatch
+from lit_llm.data.preferences import Preferences
+from lit_llm.losses.preference import PreferenceTerms, sum_by_sequence
+from lit_llm.losses.token_log_probs import token_log_probs
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Method, Optimization
+from lit_llm.methods.reference_log_probs import ReferenceLogProbs
+from lit_llm.models.dropout import turn_off_dropout
+from lit_llm.models.language_model import LanguageModel, ModelSpec
+
+
+class PreferenceMethod(Method):
+    """A policy that learns from pairs of answers.
+
+    Dropout is off: what is compared with a reference must be the policy, not a sample of it.
+
+    Attributes:
+        needs_reference: whether losses or metrics compare with it.
+        reference_parts: parts of the data for which it is asked.
+
+    Args:
+        student: the policy that is trained.
+        reference: the frozen model it is compared with, through the log-probabilities of whole answers, which are asked
+            once and kept in the cache; None: the policy as it starts.
+        optimization: optimizer and schedule.
+        generation: answers generated during evaluation.
+        loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
+    """
+
+    needs_reference = True
+    reference_parts: tuple[str, ...] = ("train", "validation", "test")
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        reference: Optional[ModelSpec] = None,
+        optimization: Optimization = Optimization(),
+        generation: Generation = Generation(),
+        loss_chunk: Optional[int] = None,
+    ) -> None:
+        super().__init__(student, optimization, generation, loss_chunk)
+        if student.lora is not None and student.lora.dropout:
+            raise ValueError(
+                f"model.student.lora.dropout is {student.lora.dropout}, but {type(self).__name__} turns dropout off: "
+                "log-probabilities are compared with those of a reference without it. Set it to 0."
+            )
+        self.reference_spec = reference
+        self.reference = ReferenceLogProbs(self)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        turn_off_dropout(self.student)
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is not None and not isinstance(data, Preferences):
+            raise ValueError(
+                f"{type(self).__name__} learns from pairs of answers, but data is {type(data).__name__}. Set "
+                "data.class_path: Preferences."
+            )
+
+    def on_fit_start(self) -> None:
+        if self.needs_reference:
+            self.reference.fill(self.reference_parts)
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "validate" and self.needs_reference:
+            self.reference.fill(("validation",))
+
+    def on_test_start(self) -> None:
+        if self.needs_reference:
+            self.reference.fill(("test",))
+
+    def answer_log_probs(self, model: LanguageModel, batch: PreferenceBatch) -> Tensor:
+        """(2, B) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
+        sides = (batch.chosen, batch.rejected)
+        hidden_TD = torch.cat([model.hidden(side) for side in sides])
+        target_T = torch.cat([side.target_T for side in sides])
+        log_prob_T = token_log_probs(hidden_TD, model.head, target_T, chunk_size=self.loss_chunk)
+        return sum_by_sequence(log_prob_T, sequences(batch), 2 * len(batch.examples)).view(2, -1)
+
+    def log_preference(self, prefix: str, terms: PreferenceTerms, sums_2B: Tensor, batch: PreferenceBatch) -> None:
+        """Log what is known of a batch as means over pairs (log-probabilities: over tokens).
+
+        Args:
+            prefix: "train", "val" or "test".
+            terms: losses and rewards.
+            sums_2B: log-probabilities of the answers under the policy.
+            batch: the pairs.
+        """
+        pairs = len(batch.examples)
+        margin_N = terms.chosen_reward_N - terms.rejected_reward_N
+        over_pairs = {
+            "loss": terms.loss_N.detach().sum(),
+            "reward_margin": margin_N.sum(),
+            "reward_accuracy": (margin_N > 0).sum(),
+            "chosen_reward": terms.chosen_reward_N.sum(),
+            "rejected_reward": terms.rejected_reward_N.sum(),
+        }
+        sides = {"chosen_log_prob": (sums_2B[0], batch.chosen), "rejected_log_prob": (sums_2B[1], batch.rejected)}
+        if prefix == "train":
+            self.log_step(over_pairs, pairs)
+            for name, (sums_B, tokens) in sides.items():
+                self.log_step({name: sums_B.sum()}, tokens.num_supervised)
+        else:
+            self.log_means(prefix, over_pairs, pairs)
+            for name, (sums_B, tokens) in sides.items():
+                self.log_means(prefix, {name: sums_B.sum()}, tokens.num_supervised)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_llm"]["reference_log_probs"] = self.reference.state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.reference.load_state(checkpoint["lit_llm"]["reference_log_probs"])
+
+    def identity(self) -> dict[str, Any]:
+        reference = self.reference_spec
+        return {**super().identity(), "reference": reference and str(reference.source or reference.config)}
+
+
+def sequences(batch: PreferenceBatch) -> Tensor:
+    """(T,) the answer that each supervised token belongs to: chosen answers 0..B-1, rejected ones B..2B-1."""
+    return torch.cat([batch.chosen.sequence_T, batch.rejected.sequence_T + len(batch.examples)])
