@@ -78,7 +78,7 @@ class Stages:
 
         Raises:
             FileNotFoundError: a config file is missing, or a stage has not been run.
-            RuntimeError: a stage failed.
+            ChildProcessError: a stage failed.
         """
         models: dict[str, str] = {}
         for number, (name, stage) in enumerate(self.stages.items(), start=1):
@@ -122,7 +122,7 @@ class Stages:
         command += [f"--run.{name}={value}" for name, value in place.items()]
         status = subprocess.run(command, check=False).returncode
         if status != 0:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{title} ended with status {status}; its messages are above, its folder is {folder}.\n"
                 f"  The same command goes on from there. The stage alone: {' '.join(['python', *command[1:]])}"
             )

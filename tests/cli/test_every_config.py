@@ -7,7 +7,7 @@ import yaml
 
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
-from tests.tiny_runs import write_rows
+from tests.tiny_runs import write_pairs, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in ("debug", "trainer"))
@@ -30,13 +30,18 @@ def stand_in(folder: Path, source: str) -> str:
 
 def reduced(path: Path, folder: Path) -> Path:
     """What replaces models and data of a config; everything else stays as shipped."""
-    model = yaml.safe_load(path.read_text())["model"]["init_args"]
-    sources = {role: model[role]["source"] for role in ("student", "teacher") if role in model}
+    config = yaml.safe_load(path.read_text())
+    model = config["model"]["init_args"]
+    roles = ("student", "teacher", "reference", "dpo", "other")
+    sources = {role: model[role]["source"] for role in roles if role in model}
+    sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
+    write = write_pairs if config["data"]["class_path"] == "Preferences" else write_rows
+    folder.mkdir(exist_ok=True)
     settings = {
         "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()}},
         "data": {
             "init_args": {
-                part: str(write_rows(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")
+                part: str(write(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")
             }
         },
         "trainer": {
@@ -46,6 +51,16 @@ def reduced(path: Path, folder: Path) -> Path:
         "run": {"root": str(folder / "runs")},
     }
     settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
+    tiny = str(CONFIGS / "debug" / "tiny.yaml")
+    for name, stage in config.get("stages", {}).items():
+        # the stages of a run are reduced like the run itself
+        names = [str(path.parent / file) for file in stage["config"]]
+        own = reduced(path.parent / stage["config"][0], folder / name)
+        settings.setdefault("stages", {})[name] = {**stage, "config": [*names, str(own), tiny]}
+        # all models of such a run start from one
+        shared = yaml.safe_load(own.read_text())
+        shared["model"]["init_args"]["student"] = settings["model"]["init_args"]["student"]
+        own.write_text(yaml.safe_dump(shared))
     override = folder / "reduced.yaml"
     override.write_text(yaml.safe_dump(settings))
     return override
