@@ -140,7 +140,9 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="compile the elementwise parts of the losses: half a minute at the first step; None: where a GPU is used",
         )
-        parser.add_argument("--stages", type=dict[str, Stage], default={}, help="runs that come first (lit_llm/stages.py)")
+        parser.add_argument(
+            "--stages", type=dict[str, Stage], default={}, help="runs that come first (lit_llm/stages.py)"
+        )
         parser.add_argument("--vars", type=dict, default={}, help="values for ${vars.NAME} in a config")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.preferences import Preferences
 from lit_llm.data.tokenized import Alignment
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.answers import Answering, Generation
@@ -71,9 +72,11 @@ class Method(Answering):
     Attributes:
         alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
             the first one is used where the data does not choose.
+        on_pairs: whether batches are pairs of answers.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
+    on_pairs = False
 
     def __init__(
         self,
@@ -95,6 +98,15 @@ class Method(Answering):
         self._generators: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        if data is not None and isinstance(data, Preferences) != self.on_pairs:
+            wanted = "Preferences" if self.on_pairs else "Instructions"
+            raise ValueError(
+                f"{type(self).__name__} learns from {'pairs of answers' if self.on_pairs else 'prompts with answers'}, but "
+                f"data.class_path is {type(data).__name__}. Set data.class_path: {wanted}."
+            )
 
     def configure_model(self) -> None:
         if self.student is None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lit_llm.data.batch import PreferenceBatch
-from lit_llm.data.preferences import Preferences
 from lit_llm.losses.preference import PreferenceTerms, sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
@@ -39,6 +38,7 @@ class PreferenceMethod(Method):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
+    on_pairs = True
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")
 
@@ -62,14 +62,6 @@ class PreferenceMethod(Method):
     def configure_model(self) -> None:
         super().configure_model()
         turn_off_dropout(self.student)
-
-    def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule
-        if data is not None and not isinstance(data, Preferences):
-            raise ValueError(
-                f"{type(self).__name__} learns from pairs of answers, but data is {type(data).__name__}. Set "
-                "data.class_path: Preferences."
-            )
 
     def on_fit_start(self) -> None:
         if self.needs_reference:

@@ -48,6 +48,18 @@ def test_a_wrong_column_lists_those_that_were_found(tmp_path, capfd):
     assert "'prompt'" in text and "question" in text and "answer" in text and "data.columns" in text
 
 
+@pytest.mark.parametrize(
+    ("method", "data", "wanted"), [("sft", "Preferences", "Instructions"), ("dpo", "Instructions", "Preferences")]
+)
+def test_data_of_the_wrong_kind_is_named_with_the_right_one(tmp_path, capfd, method, data, wanted):
+    path = tiny_config(tmp_path, method)
+    config = yaml.safe_load(path.read_text())
+    config["data"] = {"class_path": data}
+    path.write_text(yaml.safe_dump(config))
+    text = fit_message(capfd, path)
+    assert f"data.class_path is {data}. Set data.class_path: {wanted}" in text
+
+
 def test_an_unreadable_file_is_named(tmp_path, capfd):
     rows = tmp_path / "broken.jsonl"
     rows.write_text('{"prompt": "a", "response"')

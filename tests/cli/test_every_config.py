@@ -40,9 +40,7 @@ def reduced(path: Path, folder: Path) -> Path:
     settings = {
         "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()}},
         "data": {
-            "init_args": {
-                part: str(write(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")
-            }
+            "init_args": {part: str(write(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")}
         },
         "trainer": {
             **{"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
