@@ -20,7 +20,7 @@ from lit_llm.losses.head import Head
 from lit_llm.losses.logit_gradient import Formed
 
 _BLOCK_ELEMENTS = 2**18
-_CHUNK_BYTES = 192 * 2**20
+_CHUNK_BYTES = 160 * 2**20
 
 
 def sum_over_three_heads(
@@ -85,7 +85,7 @@ def sum_over_three_heads(
 
 
 def even_chunks(num_rows: int, vocabulary: int) -> int:
-    """Rows of a chunk whose three logits take at most 192 MB, so that all chunks are of about one length.
+    """Rows of a chunk whose three logits take at most 160 MB, so that all chunks are of about one length.
 
     A short last chunk would cost its matrix products nearly as much as a long one.
     """
