@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from lit_llm.storage import cache_folder, write_atomically
 
 _COLUMNS = ("student_prompt_ids", "chosen_ids", "rejected_ids")
 _FORMAT = 1
+_TELL_SECONDS = 10
 
 
 class ReferenceLogProbs:
@@ -99,11 +101,15 @@ class ReferenceLogProbs:
     def _computed(self, part: str, model: LanguageModel) -> Tensor:
         """(N, 2), each rank a share."""
         method, data = self.method, self.method.trainer.datamodule
-        values_N2 = torch.zeros(len(data.sets[part]), 2)
+        values_N2, done, told = torch.zeros(len(data.sets[part]), 2), 0, time.monotonic()
         with evaluating(model), method.trainer.precision_plugin.forward_context():
             for batch in data.evaluation_loader(part):
                 sums_2B = method.answer_log_probs(model, batch.to(method.device))
                 values_N2[list(batch.examples)] = sums_2B.T.float().cpu()
+                done += len(batch.examples) * method.trainer.world_size
+                if time.monotonic() - told > _TELL_SECONDS:
+                    told = time.monotonic()
+                    rank_zero_info(f"Reference log-probabilities of {part}: {done:,} of {len(values_N2):,} pairs")
         return method.trainer.strategy.reduce(values_N2.to(method.device), reduce_op="sum").cpu()
 
 

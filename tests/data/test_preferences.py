@@ -343,7 +343,7 @@ def test_stored_log_probabilities_follow_their_pairs(tmp_path):
     assert next(iter(data.val_dataloader())).reference_B2 is None
     data.reference["train"] = torch.zeros(10, 2)
     with pytest.raises(ValueError, match=r"shape \(10, 2\).*\(11, 2\) is needed"):
-        data.train_dataloader()
+        next(iter(data.train_dataloader()))
 
 
 def test_a_batch_moves_as_a_whole(tmp_path):

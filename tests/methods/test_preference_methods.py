@@ -24,7 +24,13 @@ def metrics(cli) -> dict[str, float]:
 
 def gradients_of_first_batch(config, *options) -> dict[str, torch.Tensor]:
     """What the first micro-batch leaves on the policy."""
-    method = fit(config, *ONE_STEP, "--model.init_args.optimization.lr=1e-12", *options).model
+    method = fit(
+        config,
+        *ONE_STEP,
+        "--model.init_args.optimization.lr=1e-12",
+        "--model.init_args.optimization.final_lr=0",
+        *options,
+    ).model
     batch = next(iter(method.trainer.datamodule.train_dataloader()))
     method.zero_grad()
     method._trainer.accumulate_grad_batches = 1
