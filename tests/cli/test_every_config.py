@@ -35,10 +35,11 @@ def reduced(path: Path, folder: Path) -> Path:
     roles = ("student", "teacher", "reference", "dpo", "other")
     sources = {role: model[role]["source"] for role in roles if role in model}
     sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
+    shorter = {"on_policy": {"max_new_tokens": 8, "validation_prompts": 2}} if "on_policy" in model else {}
     write = write_pairs if config["data"]["class_path"] == "Preferences" else write_rows
     folder.mkdir(exist_ok=True)
     settings = {
-        "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()}},
+        "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()} | shorter},
         "data": {
             "init_args": {part: str(write(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")}
         },
