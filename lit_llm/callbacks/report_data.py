@@ -74,10 +74,14 @@ class RunData:
             str(model["class_path"]).rsplit(".", 1)[-1] if isinstance(model, dict) and "class_path" in model else None
         )
 
+    def argument(self, name: str) -> Any:
+        """A setting of the method, as the config gives it; None where it does not."""
+        model = self.config.get("model")
+        return (model.get("init_args") or {}).get(name) if isinstance(model, dict) else None
+
     def model_name(self, who: str) -> str | None:
         """The student's or the teacher's name, as the config gives it."""
-        arguments = (self.config.get("model") or {}).get("init_args") or {}
-        spec = arguments.get(who) or (arguments.get("dpo") if who == "teacher" else None)
+        spec = self.argument(who) or (self.argument("dpo") if who == "teacher" else None)
         if not isinstance(spec, dict):
             return None
         if spec.get("source") is None:
@@ -98,6 +102,12 @@ class RunData:
     def on_pairs(self) -> bool:
         """Whether the run learned from preference pairs."""
         return any(self.curve(f"{stage}/reward_accuracy") for stage in ("val", "test", "train"))
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether rewards relative to the reference are nothing but rounding at step 0, and so order no pairs."""
+        margins = [self.at_start(f"{stage}/reward_margin") for stage in ("val", "test")]
+        return any(margin is not None and abs(margin) < 1e-3 for margin in margins)
 
     @property
     def one_tokenizer(self) -> bool:

@@ -16,7 +16,7 @@ class Headline(NamedTuple):
         higher: whether higher is better; None: neither is.
         per_token: counted per token, and so dependent on the tokenizer.
         of: whose number it is: the student's, beside start and teacher; or of frozen models alone.
-        from_start: the start has a number to compare with. A reward relative to the start has none there.
+        implicit: counted from rewards relative to a reference: where the run starts from it, the start has none.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Headline(NamedTuple):
     higher: bool | None
     per_token: bool = False
     of: Literal["student", "teacher"] = "student"
-    from_start: bool = True
+    implicit: bool = False
 
 
 _ON_ANSWERS = [
@@ -37,11 +37,11 @@ _ON_ANSWERS = [
 _ON_PAIRS = [
     Headline("reward", "Share of the prompt's checks that generated answers keep", higher=True),
     Headline("loss", "Loss", higher=False),
-    Headline("reward_accuracy", "Pairs in the data's order: policy against start", higher=True, from_start=False),
-    Headline("dpo_reward_accuracy", "Pairs in the data's order: DPO model against start", higher=True, of="teacher"),
+    Headline("reward_accuracy", "Pairs in the data's order: reward of the policy", higher=True, implicit=True),
+    Headline("dpo_reward_accuracy", "Pairs in the data's order: reward of the DPO model", higher=True, of="teacher"),
     Headline(
         "contrastive_reward_accuracy",
-        "Pairs in the data's order: DPO model against the other",
+        "Pairs in the data's order: contrastive reward",
         higher=True,
         of="teacher",
     ),
@@ -54,4 +54,8 @@ _ON_PAIRS = [
 
 def headlines(run: RunData) -> list[Headline]:
     """The rows for this kind of run; what was not logged is left out by who draws them."""
-    return _ON_PAIRS if run.on_pairs else _ON_ANSWERS
+    if not run.on_pairs:
+        return _ON_ANSWERS
+    if run.argument("reverse"):  # it learns to order the pairs the other way round
+        return [row._replace(higher=False if row.implicit else None) for row in _ON_PAIRS]
+    return _ON_PAIRS

@@ -105,7 +105,7 @@ def _table(run: RunData, stage: str, words: str) -> str:
     )
     return (
         f"<h3>{words} <small>after {max(steps):,} steps</small></h3><div class=scroll><table class=headline><thead><tr>"
-        "<th></th><th class=start>start</th><th class=student>{escape(run.role('student'))}</th>"
+        f"<th></th><th class=start>start</th><th class=student>{escape(run.role('student'))}</th>"
         f"<th class=teacher>{escape(run.role('teacher'))}</th><th>gap closed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{different}"
     )
 
@@ -115,7 +115,7 @@ def _table_row(run: RunData, stage: str, headline: Headline) -> str:
     now = run.last(metric)
     if headline.of == "teacher":
         return f"<tr><th>{words}</th><td>–</td><td>–</td><td>{_decimal(now)}</td><td>–</td></tr>"
-    start = run.at_start(metric) if headline.from_start else None
+    start = None if headline.implicit and run.starts_at_reference else run.at_start(metric)
     teacher = run.last(f"{stage}/teacher_{headline.name}")
     cells = "".join(f"<td>{_decimal(value)}</td>" for value in (start, now, teacher))
     hint, gap = "", "–"

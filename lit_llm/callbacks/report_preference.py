@@ -15,9 +15,9 @@ _REWARDS = [
     ("val/reward", "share of checks kept"),
 ]
 _PAIRS = {
-    "reward_{}": "policy against start",
-    "dpo_reward_{}": "DPO model against start",
-    "contrastive_reward_{}": "DPO model against the other",
+    "reward_{}": "policy",
+    "dpo_reward_{}": "DPO model",
+    "contrastive_reward_{}": "contrastive: DPO model against the other",
 }
 
 
@@ -34,7 +34,7 @@ def preference_figures(run: RunData) -> list[str]:
     return [
         *kl_against_reward(run),
         _checks(run),
-        _figure(run, "Validation pairs in the order of the data", order),
+        _figure(run, "Validation pairs in the order of the data", order, without_start=run.starts_at_reference),
         _figure(run, "Reward margin of validation pairs", margins),
         _figure(run, "KL per token, validation", divergences),
         _figure(run, "Coefficient of the combination, validation", alpha),
@@ -72,10 +72,9 @@ def _checks(run: RunData) -> str:
     )
 
 
-def _figure(run: RunData, title: str, metrics: dict[str, str], noisy: bool = False) -> str:
-    """Curves of the metrics that were logged, in words."""
-    logged = [name for name in metrics if run.curve(name)]
-    series = [
-        Series(metrics[name], run.curve(name), colour, noisy) for name, colour in zip(logged, _COLOURS, strict=False)
-    ]
+def _figure(run: RunData, title: str, metrics: dict[str, str], noisy: bool = False, without_start: bool = False) -> str:
+    """Curves of the metrics that were logged, in words; `without_start` leaves step 0 out."""
+    curves = {name: [point for point in run.curve(name) if point[0] or not without_start] for name in metrics}
+    logged = [name for name, curve in curves.items() if curve]
+    series = [Series(metrics[n], curves[n], colour, noisy) for n, colour in zip(logged, _COLOURS, strict=False)]
     return line_chart(title, series) if series else ""

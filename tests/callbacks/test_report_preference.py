@@ -21,6 +21,7 @@ def run(tmp_path):
         frozen = {"val/dpo_reward_accuracy": 0.71, "val/contrastive_reward_accuracy": 0.74, "val/teacher_reward": 0.6}
         sampled = {"val/sampled_kl_start_of_answer": step / 8, "val/sampled_expected_reward_of_answer": step / 100}
         policy = {"val/reward_accuracy": 0.1 + step / 100, "val/reward": 0.4 + step / 200, "val/kl_dpo": 0.3}
+        policy["val/reward_margin"] = step / 10
         metrics.append({"step": step, "val/loss": 2.0 - step / 100, "val/alpha": 1.5, **frozen, **policy, **sampled})
         metrics.append({"step": step + 1, "train/loss": 1.0, "train/alpha": 9.0, "train/kl": 0.1})
     scores = {"alpha": [0.5, 2.0, 1.0, 0.0], "reward": [0.02, -0.04, float("nan"), 0.0], "kl_dpo": [0, 0, 0, 1.25]}
@@ -44,10 +45,27 @@ def test_the_headline_tells_checks_orders_and_divergences_in_words(run):
     text = text_of(write_report(run))
     assert "start student DPO model gap closed" in text
     assert "Share of the prompt's checks that generated answers keep 0.400 0.600 0.600 100%" in text
-    assert "policy against start – 0.500 – –" in text  # at the start every margin is 0: no order to compare with
-    assert "DPO model against start – – 0.710 –" in text and "DPO model against the other – – 0.740 –" in text
+    assert "reward of the policy – 0.500 – –" in text  # at the start every margin is 0: no order to compare with
+    assert "reward of the DPO model – – 0.710 –" in text and "contrastive reward – – 0.740 –" in text
     assert "KL to the DPO model, per token 0.300 0.300 – –" in text and "Loss 2.000 1.600 – –" in text
     assert "KL to the start, per token" not in text and "Loss per token" not in text
+
+
+def test_the_start_orders_pairs_where_it_is_not_the_reference(run):
+    text = text_of(write_report(run))
+    assert "policy, step 20: 0.3" in text and "policy, step 0: 0.1" not in text
+    (run / "metrics.csv").write_text("step,val/reward_accuracy,val/reward_margin\n0,0.25,0.5\n4,0.75,0.9\n")
+    text = text_of(write_report(run))
+    assert "reward of the policy 0.250 0.750 – –" in text and "policy, step 0: 0.25" in text
+
+
+def test_reverse_dpo_is_best_where_it_orders_fewest_pairs(run):
+    (run / "metrics.csv").write_text("step,val/reward_accuracy,val/reward\n2,0.1,0.5\n4,0.3,0.4\n")
+    assert "best 0.500 at step 2" in text_of(write_report(run)) and "best 0.100" not in text_of(run / "report.html")
+    model = {"class_path": "DPO", "init_args": {"student": {"source": "small"}, "reverse": True}}
+    (run / "config.yaml").write_text(json.dumps({"model": model}))
+    text = text_of(write_report(run))
+    assert "reward of the policy best 0.100 at step 2" in text and "best 0.500" not in text
 
 
 def test_the_teacher_is_called_what_it_is(run):
