@@ -195,7 +195,7 @@ class AlignDistil(PreferenceMethod):
         self.view.add({"alpha": terms.alpha_T, "tvd": terms.tvd_T})
         reward_T = self.combination.dpo_beta * (dpo_T - other_T)[: tokens.num_supervised]
         scores = {"alpha": terms.alpha_T, "reward": reward_T, "kl_dpo": terms.kl_dpo_T}
-        self.view.add_answers(tokens, self.student_tokenizer, scores)
+        self.view.add_answers(batch.examples, tokens, self.student_tokenizer, scores)
 
     def _of_frozen(self, batch: PreferenceBatch, stage: str) -> tuple[Tensor, Tensor]:
         """(T,) each: log-probabilities of the tokens of all answers under the two frozen models, which are asked once."""
@@ -233,7 +233,7 @@ class AlignDistil(PreferenceMethod):
 
     def _show_tokens(self, stage: str) -> None:
         """Hand over what the callbacks show of tokens."""
-        self.token_scores, self.histograms = self.view.answers, self.view.histograms(self)
+        self.token_scores, self.histograms = self.view.answers(self), self.view.histograms(self)
         self._log_percentiles(f"{stage}/alpha", self.histograms["alpha"])
 
     def _log_percentiles(self, name: str, value_T: Tensor) -> None:

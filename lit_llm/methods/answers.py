@@ -35,7 +35,7 @@ class Generation:
         top_k: sampling among the k best; 0 is off.
         no_repeat_ngram_size: forbids repeated n-grams; 0 is off (the papers' final evaluation uses 6).
         batch_size: prompts at a time.
-        shown: samples written to TensorBoard and the report, and answers shown token by token where a method does so.
+        shown: samples written to TensorBoard and the report, and answers shown token by token, where a method does so.
     """
 
     prompts: int = 64

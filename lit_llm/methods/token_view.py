@@ -22,37 +22,48 @@ class TokenView:
 
     Args:
         names: of the values that are kept for histograms.
-        answers: how many answers are kept token by token: the first of this process.
-
-    Attributes:
-        answers: those that were kept.
+        answers: how many answers are kept token by token: those of the part's first examples, as in the samples.
     """
 
     def __init__(self, names: tuple[str, ...], answers: int) -> None:
         self.wanted = answers
-        self.answers: list[TokenScores] = []
         self._values: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._answers: dict[int, TokenScores] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Keep one batch's values of its tokens, (T,) each."""
         for name, value_T in values.items():
             self._values[name].append(value_T.detach())
 
-    def add_answers(self, tokens: TokenBatch, tokenizer, scores: dict[str, Tensor]) -> None:
-        """Keep answers of a batch with the scores of their tokens, (T,) each, while there is room for more."""
-        width = tokens.ids_BL.shape[1]
-        for row in range(min(self.wanted - len(self.answers), len(tokens.length_B))):
+    def add_answers(self, examples: tuple[int, ...], tokens: TokenBatch, tokenizer, scores: dict[str, Tensor]) -> None:
+        """Keep the wanted answers of a batch with the scores of their tokens, (T,) each.
+
+        Args:
+            examples: index of each sequence in its part.
+            tokens: the sequences, all of their answers supervised.
+            tokenizer: that wrote them.
+            scores: by name.
+        """
+        for row, example in enumerate(examples):
             of_row_T = tokens.sequence_T == row
-            if not of_row_T.any():
+            if example >= self.wanted or not of_row_T.any():
                 continue
-            prompt = tokens.ids_BL[row, : tokens.position_T[of_row_T][0] - row * width + 1].tolist()
-            self.answers.append(
-                TokenScores(
-                    tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-                    token_pieces(tokenizer, tokens.target_T[of_row_T].tolist()),
-                    {name: tuple(value_T[of_row_T].tolist()) for name, value_T in scores.items()},
-                )
+            first = tokens.position_T[of_row_T][0] - row * tokens.ids_BL.shape[1]
+            prompt = tokens.ids_BL[row, : first + 1].tolist()
+            self._answers[example] = TokenScores(
+                tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+                token_pieces(tokenizer, tokens.target_T[of_row_T].tolist()),
+                {name: tuple(value_T[of_row_T].tolist()) for name, value_T in scores.items()},
             )
+
+    def answers(self, method: L.LightningModule) -> list[TokenScores]:
+        """The answers that all processes kept, in the order of the data. Every process must call it."""
+        kept = [self._answers]
+        if method.trainer.world_size > 1:
+            kept = [None] * method.trainer.world_size
+            torch.distributed.all_gather_object(kept, self._answers)
+        merged = {example: answer for answers in kept for example, answer in answers.items()}
+        return [merged[example] for example in sorted(merged)]
 
     def histograms(self, method: L.LightningModule) -> dict[str, Tensor]:
         """Finite values of all processes, evenly thinned to about 20,000. Every process must call it."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lit_llm.callbacks.report_data import read_run
 from lit_llm.losses.adaptive_policy import adaptive_coefficient
 from lit_llm.methods import token_view
 from tests.tiny_runs import fit, tiny_config
@@ -32,10 +35,10 @@ def test_scores_of_tokens_are_those_of_the_plain_formulas(run):
     cli, lines = run
     assert [line["step"] for line in lines] == [0, 0, 0, 2, 2, 2]
     data, tokenizer = cli.datamodule, cli.model.student_tokenizer
-    batches = list(data.val_dataloader())
-    examples = [(batch, row) for batch in batches for row in range(len(batch.examples))]
-    for line, (batch, row) in zip(lines[3:], examples, strict=False):
-        pair = data.sets["validation"][batch.examples[row]]
+    found = {example: (b, row) for b in data.val_dataloader() for row, example in enumerate(b.examples)}
+    for example, line in enumerate(lines[3:]):
+        batch, row = found[example]
+        pair = data.sets["validation"][example]
         assert line["prompt"] == tokenizer.decode(pair["student_prompt_ids"])
         assert "".join(line["tokens"]) == tokenizer.decode(pair["chosen_ids"])
         of_row_T = batch.chosen.sequence_T == row
@@ -97,3 +100,25 @@ def test_many_values_are_thinned_evenly(run, monkeypatch):
     # every fourth of 33
     assert view.histograms(cli.model)["alpha"].tolist() == [0, 4, 8, 12, 16, 20, 24, 28, -1]
     assert token_view.TokenView(("tvd",), 0).histograms(cli.model)["tvd"].tolist() == []
+
+
+def test_two_processes_show_what_one_shows(tmp_path):
+    config = tiny_config(tmp_path, "align", max_steps=1, val_check_interval=1, dropout=0.0)
+    alone = fit(config).model
+    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(config), "--run.version=two"]
+    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (
+        [json.loads(line) for line in (folder / "token_scores.jsonl").read_text().splitlines()]
+        for folder in (alone.run_folder, alone.run_folder.with_name("two"))
+    )
+    assert len(ours) == 8 and [line["prompt"] for line in ours] == [line["prompt"] for line in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["tokens"] == two["tokens"]
+        assert one["scores"]["alpha"] == pytest.approx(two["scores"]["alpha"], rel=1e-3, abs=1e-5)
+    found = {name: value for name, value in alone.trainer.callback_metrics.items() if name.startswith("val/alpha")}
+    last = read_run(alone.run_folder.with_name("two")).last
+    assert len(found) == 3
+    for name, value in found.items():
+        assert last(name) == pytest.approx(value.item(), rel=1e-3), name
