@@ -16,6 +16,7 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
         stage: the command: `fit`, `validate`, `test`; others get none of them but `Progress`.
     """
     from lit_llm.callbacks.hf_export import HfExport
+    from lit_llm.callbacks.histograms import Histograms
     from lit_llm.callbacks.metrics_csv import ContinueMetrics
     from lit_llm.callbacks.nan_guard import NanGuard
     from lit_llm.callbacks.progress import Progress
@@ -24,14 +25,15 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
     from lit_llm.callbacks.samples import Samples
     from lit_llm.callbacks.step_axis import StepAxis
     from lit_llm.callbacks.throughput import Throughput
+    from lit_llm.callbacks.token_lines import TokenLines
     from lit_llm.callbacks.validate_at_start import ValidateAtStart
 
     shown = [Progress()] if progress_bar and stage in ("fit", "validate", "test", "predict") else []
     if stage in ("validate", "test"):
-        return [*shown, StepAxis(), RunRecord(), Samples(), Report()]
+        return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), Report()]
     if stage != "fit":
         return shown
     # Progress shows what Throughput measured; Report reads what all others wrote; the validation before the first step
     # wants everybody else to have started.
-    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), HfExport(), Report()]
-    return [NanGuard(), Throughput(), *shown, *recorded, ValidateAtStart()]
+    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), TokenLines(), Histograms()]
+    return [NanGuard(), Throughput(), *shown, *recorded, HfExport(), Report(), ValidateAtStart()]

@@ -13,7 +13,7 @@ from lit_llm.storage import write_atomically
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write report.html from metrics.csv, samples.jsonl, config.yaml and environment.json of a run folder.
+    """Write report.html from metrics.csv, samples.jsonl, token_scores.jsonl, config.yaml and environment.json of a run folder.
 
     Works for any run, also one that was killed: a section whose file is missing says so. Nothing is fetched, neither
     now nor by the page.

@@ -63,9 +63,53 @@ def line_chart(title: str, series: list[Series], levels: list[Level] | None = No
     frame = _Frame.around(xs, ys)
     parts = [_grid(frame), *(_level(frame, level) for level in levels), *(_curve(frame, curve) for curve in series)]
     label = f"{title}: " + ", ".join(f"{curve.name} ends at {number(curve.end)}" for curve in series)
+    return _figure(title, _legend(series, levels), label, parts, note)
+
+
+def point_chart(title: str, points: list[tuple[float, float, str]], words: tuple[str, str], note: str = "") -> str:
+    """A figure with one point for each pair of values, joined in their order and labelled.
+
+    Args:
+        title: above the chart.
+        points: (x, y, label), at least one, finite.
+        words: what x and y are.
+        note: a sentence below the chart.
+    """
+    frame = _Frame.around([x for x, _, _ in points], [y for _, y, _ in points]).widened()
+    places = [(frame.x(x), frame.y(y)) for x, y, _ in points]
+    parts = [_grid(frame, whole=False)]
+    parts.append(
+        f'<path class=faint style="stroke:var(--student)" d="{_path(frame, [(x, y) for x, y, _ in points])}"/>'
+    )
+    for (x, y, label), (left, top) in zip(points, places, strict=True):
+        parts.append(
+            f'<circle style="fill:var(--student)" cx="{left:.1f}" cy="{top:.1f}" r="4"><title>step {escape(label)}: '
+            f"{escape(words[0])} {number(x)}, {escape(words[1])} {number(y)}</title></circle>"
+        )
+    for index in _labelled(places):
+        left, top = places[index]
+        parts.append(
+            f'<text class=tick x="{left:.1f}" y="{top - 8:.1f}" text-anchor="middle">{escape(points[index][2])}</text>'
+        )
+    x, y, label = points[-1]
+    told = f"{title}: {words[0]} {number(x)}, {words[1]} {number(y)} at step {label}"
+    return _figure(title, "", told, parts, note)
+
+
+def _labelled(places: list[tuple[float, float]]) -> list[int]:
+    """The points whose labels do not run into each other; the last one, then the others from the first."""
+    kept: list[int] = []
+    for index in [len(places) - 1, *range(len(places) - 1)]:
+        left, top = places[index]
+        if all(abs(left - places[other][0]) > 40 or abs(top - places[other][1]) > 14 for other in kept):
+            kept.append(index)
+    return sorted(kept)
+
+
+def _figure(title: str, legend: str, label: str, parts: list[str], note: str) -> str:
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
     note = f"<p class=note>{escape(note)}</p>" if note else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{_legend(series, levels)}{svg}{note}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{legend}{svg}{note}</figure>"
 
 
 def number(value: float) -> str:
@@ -94,6 +138,11 @@ class _Frame:
         left, right = min(xs), max(xs)
         return cls(left, right if right > left else left + 1, bottom, high + margin)
 
+    def widened(self) -> _Frame:
+        """With room on both sides and above, for marks and labels."""
+        wide, tall = 0.06 * (self.right - self.left), 0.06 * (self.high - self.low)
+        return _Frame(self.left - wide, self.right + wide, self.low, self.high + tall)
+
     def x(self, value: float) -> float:
         return _LEFT + (value - self.left) / (self.right - self.left) * (_WIDTH - _LEFT - _RIGHT)
 
@@ -109,14 +158,14 @@ def _visible(curve: Series) -> list[float]:
     return values[cut : len(values) - cut] + [y for _, y in _smooth(curve.points)] if cut else values
 
 
-def _grid(frame: _Frame) -> str:
+def _grid(frame: _Frame, whole: bool = True) -> str:
     parts = []
     for value in ticks(frame.low, frame.high, 5):
         y = frame.y(value)
         parts.append(f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class=tick x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
     for value in ticks(frame.left, frame.right, 5):
-        if value == round(value):
+        if not whole or value == round(value):  # there is no half of a step
             x = frame.x(value)
             anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
             parts.append(f'<text class=tick x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{_tick(value)}</text>')

@@ -23,6 +23,7 @@ class RunData:
         curves: metric -> (step, value), ascending in step, one value a step; values may be NaN or infinite. None:
             metrics.csv is missing.
         samples: the lines of samples.jsonl; None: missing.
+        token_scores: the lines of token_scores.jsonl; None: missing, as most methods write none.
         config_text: config.yaml as it stands; None: missing.
         config: the same parsed; empty where it is missing or is not a mapping.
         starts: the entries of environment.json, oldest first; None: missing.
@@ -32,6 +33,7 @@ class RunData:
     folder: Path
     curves: dict[str, Curve] | None
     samples: list[dict[str, Any]] | None
+    token_scores: list[dict[str, Any]] | None
     config_text: str | None
     config: dict[str, Any]
     starts: list[dict[str, Any]] | None
@@ -72,18 +74,40 @@ class RunData:
             str(model["class_path"]).rsplit(".", 1)[-1] if isinstance(model, dict) and "class_path" in model else None
         )
 
+    def argument(self, name: str) -> Any:
+        """A setting of the method, as the config gives it; None where it does not."""
+        model = self.config.get("model")
+        return (model.get("init_args") or {}).get(name) if isinstance(model, dict) else None
+
     def model_name(self, who: str) -> str | None:
         """The student's or the teacher's name, as the config gives it."""
-        arguments = (self.config.get("model") or {}).get("init_args") or {}
-        spec = arguments.get(who)
+        spec = self.argument(who) or (self.argument("dpo") if who == "teacher" else None)
         if not isinstance(spec, dict):
             return None
         if spec.get("source") is None:
             return f"a new {(spec.get('config') or {}).get('model_type', 'model')}"
         layers, source = spec.get("keep_layers"), str(spec["source"])
-        if source.startswith(("/", ".", "~")):
+        parts = Path(source).parts
+        if parts[-1:] == ("model",) and parts[-4:-3] == ("stages",):  # .../stages/NAME/HASH/model
+            source = f"stage {parts[-3]}"
+        elif source.startswith(("/", ".", "~")):
             source = Path(source).name
         return source + (f", {len(layers)} of its layers" if layers else "")
+
+    def role(self, who: str) -> str:
+        """What people call the student or the teacher of this method."""
+        return self.fit.get("models", {}).get(who, {}).get("role", who)
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether the run learned from preference pairs."""
+        return any(self.curve(f"{stage}/reward_accuracy") for stage in ("val", "test", "train"))
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether rewards relative to the reference are nothing but rounding at step 0, and so order no pairs."""
+        margins = [self.at_start(f"{stage}/reward_margin") for stage in ("val", "test")]
+        return any(margin is not None and abs(margin) < 1e-3 for margin in margins)
 
     @property
     def one_tokenizer(self) -> bool:
@@ -98,7 +122,8 @@ def read_run(folder: Path) -> RunData:
     return RunData(
         folder=folder,
         curves=_curves(folder / "metrics.csv"),
-        samples=_samples(folder / "samples.jsonl"),
+        samples=_json_lines(folder / "samples.jsonl"),
+        token_scores=_json_lines(folder / "token_scores.jsonl"),
         config_text=config_text,
         config=_parsed(config_text),
         starts=None if environment is None else json.loads(environment)["starts"],
@@ -133,6 +158,6 @@ def _curves(path: Path) -> dict[str, Curve] | None:
     return {name: sorted(values.items()) for name, values in by_step.items()}
 
 
-def _samples(path: Path) -> list[dict[str, Any]] | None:
+def _json_lines(path: Path) -> list[dict[str, Any]] | None:
     lines = whole_lines(path)
     return [json.loads(line) for line in lines] if lines else None

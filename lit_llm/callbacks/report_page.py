@@ -9,15 +9,11 @@ from typing import Any
 
 from lit_llm.callbacks.report_chart import Level, Series, line_chart
 from lit_llm.callbacks.report_data import RunData
+from lit_llm.callbacks.report_headlines import Headline, headlines
+from lit_llm.callbacks.report_preference import preference_figures
 from lit_llm.callbacks.report_style import STYLE
+from lit_llm.callbacks.report_tokens import token_section
 
-# metric, its words, whether higher is better, whether it is counted per token (and so depends on the tokenizer)
-_HEADLINES = [
-    ("loss", "Loss per token", False, True),
-    ("accuracy", "Next-token accuracy", True, True),
-    ("rouge_l", "ROUGE-L of generated answers", True, False),
-    ("agreement", "Agreement with the teacher", True, False),
-]
 _STUDENT, _TEACHER, _START = "var(--student)", "var(--teacher)", "var(--start)"
 _COLOURS = [f"var(--c{i})" for i in range(1, 9)]
 _PEOPLE = ("start", "student", "teacher")
@@ -30,6 +26,7 @@ def page(run: RunData) -> str:
         ("Result", _headline(run)),
         ("Curves", _figures(run)),
         ("Samples", _samples(run)),
+        *([("Tokens", tokens)] if (tokens := token_section(run)) else []),
         ("Reproduce", _reproduce(run)),
         ("Environment", _environment(run)),
         ("Configuration", _configuration(run)),
@@ -46,10 +43,16 @@ def page(run: RunData) -> str:
 
 
 def _header(run: RunData, title: str) -> str:
-    who = [f"<b class={role}>{escape(name)}</b>" for role in ("teacher", "student") if (name := run.model_name(role))]
+    who = [_model(run, role, name) for role in ("teacher", "student") if (name := run.model_name(role))]
     models = f"<p class=models>{' <span aria-label=teaches>→</span> '.join(who)}</p>" if who else ""
     where = "/".join(run.folder.absolute().parts[-2:])
     return f"<p class=where>{escape(where)}</p><h1>{escape(title)} {_status(run)}</h1>{models}{_facts(run)}"
+
+
+def _model(run: RunData, who: str, name: str) -> str:
+    """A model's name, with its role where that is not the usual one."""
+    role = run.role(who)
+    return f"<b class={who}>{escape(name)}</b>" + (f" <small>({escape(role)})</small>" if role != who else "")
 
 
 def _status(run: RunData) -> str:
@@ -64,7 +67,7 @@ def _facts(run: RunData) -> str:
     facts = []
     for who in ("student", "teacher"):
         if size := run.fit.get("models", {}).get(who):
-            facts.append((who, f"{_size(size['parameters'])} parameters"))
+            facts.append((run.role(who), f"{_size(size['parameters'])} parameters"))
     if run.last_step:
         facts.append(("optimizer steps", f"{run.last_step:,}"))
     seconds = sum(start.get("ended", {}).get("seconds", 0) for start in run.starts or [] if start["stage"] == "fit")
@@ -87,10 +90,11 @@ def _headline(run: RunData) -> str:
 
 
 def _table(run: RunData, stage: str, words: str) -> str:
-    rows = [row for headline in _HEADLINES if (row := _table_row(run, stage, *headline))]
-    if not rows:
+    logged = [headline for headline in headlines(run) if run.curve(f"{stage}/{headline.name}")]
+    if not logged:
         return ""
-    steps = [run.curve(f"{stage}/{name}")[-1][0] for name, *_ in _HEADLINES if run.curve(f"{stage}/{name}")]
+    rows = [_table_row(run, stage, headline) for headline in logged]
+    steps = [run.curve(f"{stage}/{headline.name}")[-1][0] for headline in logged]
     different = (
         ""
         if run.one_tokenizer
@@ -101,22 +105,25 @@ def _table(run: RunData, stage: str, words: str) -> str:
     )
     return (
         f"<h3>{words} <small>after {max(steps):,} steps</small></h3><div class=scroll><table class=headline><thead><tr>"
-        "<th></th><th class=start>start</th><th class=student>student</th><th class=teacher>teacher</th>"
-        f"<th>gap closed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{different}"
+        f"<th></th><th class=start>start</th><th class=student>{escape(run.role('student'))}</th>"
+        f"<th class=teacher>{escape(run.role('teacher'))}</th><th>gap closed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>{different}"
     )
 
 
-def _table_row(run: RunData, stage: str, name: str, words: str, higher: bool, per_token: bool) -> str:
-    now = run.last(f"{stage}/{name}")
-    if now is None:
-        return ""
-    start, teacher = run.at_start(f"{stage}/{name}"), run.last(f"{stage}/teacher_{name}")
-    comparable = run.one_tokenizer or not per_token
+def _table_row(run: RunData, stage: str, headline: Headline) -> str:
+    metric, words = f"{stage}/{headline.name}", escape(headline.words)
+    now = run.last(metric)
+    if headline.of == "teacher":
+        return f"<tr><th>{words}</th><td>–</td><td>–</td><td>{_decimal(now)}</td><td>–</td></tr>"
+    start = None if headline.implicit and run.starts_at_reference else run.at_start(metric)
+    teacher = run.last(f"{stage}/teacher_{headline.name}")
     cells = "".join(f"<td>{_decimal(value)}</td>" for value in (start, now, teacher))
-    curve = run.curve(f"{stage}/{name}")
-    best = (max if higher else min)(curve, key=lambda point: point[1])
-    hint = f"<small>best {_decimal(best[1])} at step {best[0]:,}</small>" if best[1] != now else ""
-    gap = _gap(start, now, teacher, higher) if comparable else "–"
+    hint, gap = "", "–"
+    if headline.higher is not None:
+        best = (max if headline.higher else min)(run.curve(metric), key=lambda point: point[1])
+        hint = f"<small>best {_decimal(best[1])} at step {best[0]:,}</small>" if best[1] != now else ""
+        if run.one_tokenizer or not headline.per_token:
+            gap = _gap(start, now, teacher, headline.higher)
     return f"<tr><th>{words}{hint}</th>{cells}<td>{gap}</td></tr>"
 
 
@@ -138,10 +145,11 @@ def _figures(run: RunData) -> str:
         return _missing("metrics.csv", "nothing was logged yet, or the file was removed")
     figures = [
         _curves_figure(run, "Training loss and its terms", _loss_terms(run), noisy=True),
+        *preference_figures(run),
         _validation_figure(run, "loss", "Validation loss"),
         _validation_figure(run, "rouge_l", "ROUGE-L of generated answers", more=_temperatures(run)),
         _validation_figure(run, "accuracy", "Validation accuracy"),
-        _validation_figure(run, "agreement", "Agreement with the teacher, validation", more=["t2s_agreement"]),
+        _validation_figure(run, "agreement", _agreement(run), more=["t2s_agreement"]),
         _curves_figure(run, "Terms of the validation loss", _validation_terms(run)),
         _curves_figure(run, "Accuracy and agreement in training", _ending(run, "accuracy", "agreement"), noisy=True),
         _curves_figure(run, "Learning rate", ["train/learning_rate"]),
@@ -168,7 +176,7 @@ def _validation_figure(run: RunData, name: str, title: str, more: Sequence[str] 
     curve = run.curve(f"val/{name}")
     if not curve:
         return ""
-    series = [Series("student", curve, _STUDENT)]
+    series = [Series(run.role("student"), curve, _STUDENT)]
     others = [other for other in more if run.curve(f"val/{other}")]
     series += [
         Series(other.replace("_", " "), run.curve(f"val/{other}"), colour)
@@ -177,7 +185,7 @@ def _validation_figure(run: RunData, name: str, title: str, more: Sequence[str] 
     levels, note = [], ""
     teacher, start = run.last(f"val/teacher_{name}"), run.at_start(f"val/{name}")
     if teacher is not None and (run.one_tokenizer or name == "rouge_l"):
-        levels.append(Level("teacher", teacher, _TEACHER))
+        levels.append(Level(run.role("teacher"), teacher, _TEACHER))
     elif teacher is not None:
         note = "The teacher's is per token of another tokenizer and not drawn."
     if start is not None:
@@ -185,7 +193,14 @@ def _validation_figure(run: RunData, name: str, title: str, more: Sequence[str] 
     return line_chart(title, series, levels, note)
 
 
+def _agreement(run: RunData) -> str:
+    teacher = "combined teacher" if run.on_pairs else "teacher"
+    return f"Agreement with the {teacher}, validation"
+
+
 def _loss_terms(run: RunData) -> list[str]:
+    if run.on_pairs:  # what else is logged has figures of its own, or is of another size
+        return [name for name in ("train/loss", "train/kl") if name in run.names]
     others = {*_ending(run, "accuracy", "agreement", "grad_norm", "ratio"), "train/learning_rate"}
     return [name for name in run.names if name.startswith("train/") and name not in others]
 
@@ -225,16 +240,17 @@ def _samples(run: RunData) -> str:
             parts.append(f"<h3>Answers on {words} data <small>after {last:,} steps</small></h3>")
             shown = {line["prompt"]: line for line in lines if line["step"] == last}
             parts += [
-                _sample(line, [other for other in lines if other["prompt"] == prompt]) for prompt, line in shown.items()
+                _sample(run, line, [other for other in lines if other["prompt"] == prompt])
+                for prompt, line in shown.items()
             ]
     return "".join(parts)
 
 
-def _sample(line: dict[str, Any], over_time: list[dict[str, Any]]) -> str:
+def _sample(run: RunData, line: dict[str, Any], over_time: list[dict[str, Any]]) -> str:
     answers = {"reference": line["reference"], **line["answers"]}
     ordered = sorted(answers, key=lambda who: _PEOPLE.index(who) if who in _PEOPLE else -1)
     cells = "".join(
-        f'<div><h4 class="{escape(who)}">{escape(who)}</h4><p>{escape(answers[who]) or "<i>empty</i>"}</p></div>'
+        f'<div><h4 class="{escape(who)}">{escape(run.role(who))}</h4><p>{escape(answers[who]) or "<i>empty</i>"}</p></div>'
         for who in ordered
     )
     history = "".join(
@@ -242,7 +258,9 @@ def _sample(line: dict[str, Any], over_time: list[dict[str, Any]]) -> str:
         for other in sorted({other["step"]: other for other in over_time}.values(), key=lambda other: other["step"])
     )
     more = (
-        f"<details><summary>the student over time</summary><ol>{history}</ol></details>" if len(over_time) > 1 else ""
+        f"<details><summary>the {escape(run.role('student'))} over time</summary><ol>{history}</ol></details>"
+        if len(over_time) > 1
+        else ""
     )
     return f"<article><p class=prompt>{escape(line['prompt'])}</p><div class=answers>{cells}</div>{more}</article>"
 

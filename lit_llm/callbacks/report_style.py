@@ -3,9 +3,11 @@
 STYLE = """
 :root{color-scheme:light dark;--page:#f6f7f9;--card:#fff;--ink:#1b1f27;--soft:#5b6472;--rule:#e1e5eb;--code:#f0f2f5;
 --student:#1f62d0;--teacher:#b4540a;--start:#747d8c;--good:#13795b;--bad:#b3261e;--warn:#8a5a00;
+--above:31 98 208;--below:196 92 10;
 --c1:#1f62d0;--c2:#b4540a;--c3:#0b8468;--c4:#a32b87;--c5:#6f6200;--c6:#6a55d8;--c7:#c0392b;--c8:#3f7f93}
 @media (prefers-color-scheme:dark){:root{--page:#12151a;--card:#1a1e25;--ink:#e6e9ee;--soft:#9aa4b2;--rule:#2c323c;
 --code:#14181e;--student:#74a9ff;--teacher:#f7a35c;--start:#8b95a5;--good:#4fd0a5;--bad:#ff8a80;--warn:#f0c060;
+--above:58 112 205;--below:176 92 20;
 --c1:#74a9ff;--c2:#f7a35c;--c3:#43c8a3;--c4:#ea86d2;--c5:#d2c14f;--c6:#ab9dff;--c7:#ff8a7a;--c8:#7cc4d8}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
@@ -66,6 +68,13 @@ color:var(--soft);font-size:13.5px}
 .answers p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px}
 .answers i{color:var(--soft)}
 h4.student{color:var(--student)}h4.teacher{color:var(--teacher)}
+.heat{--ground:var(--above);margin:0 0 12px;white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px;line-height:1.75}
+.heat span{background:rgb(var(--ground)/var(--x));padding:1px 0;border-radius:2px}
+.heat .below{--ground:var(--below);border-bottom:2px dotted}
+.scale{font-size:13px;color:var(--soft)}.scale b{color:var(--ink)}
+.ramp{display:inline-block;width:120px;height:10px;border-radius:5px;vertical-align:middle;
+background:linear-gradient(90deg,rgb(var(--above)/0),rgb(var(--above)/.6))}
+.ramp.signed{background:linear-gradient(90deg,rgb(var(--below)/.6),rgb(var(--below)/0) 50%,rgb(var(--above)/0) 50%,rgb(var(--above)/.6))}
 details{margin-top:10px}summary{cursor:pointer;color:var(--soft);font-size:13px}
 details ol{list-style:none;margin:8px 0 0;padding:0;font-size:13.5px}
 details li{white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0}details li b{color:var(--soft);font-weight:600;margin-right:6px}

@@ -32,7 +32,8 @@ class RunRecord(L.Callback):
     (`finished`, `interrupted` or `failed`), seconds and, for a failure, the error's first line. An entry without it
     belongs to a process that is still running or was killed.
 
-    Reads of the method: `student`, `teacher` (may be None), `teacher_tokenizer` (None: the student's) and `run_folder`.
+    Reads of the method: `student`, `teacher` (may be None) and `teacher_words` (its role, for people),
+    `teacher_tokenizer` (None: the student's) and `run_folder`.
     """
 
     def __init__(self) -> None:
@@ -168,6 +169,8 @@ def _models(pl_module: L.LightningModule) -> dict[str, Any]:
             # of a teacher whose hidden states are on disk only the head is here
             known = getattr(model, "num_parameters", None)
             sizes[name] = {"parameters": known or sum(parameter.numel() for parameter in model.parameters())}
+    if "teacher" in sizes:
+        sizes["teacher"]["role"] = pl_module.teacher_words
     sizes["one_tokenizer"] = pl_module.teacher_tokenizer is None
     return sizes
 

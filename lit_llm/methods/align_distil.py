@@ -22,7 +22,8 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.methods.on_policy import OnPolicy, Rollouts
-from lit_llm.methods.preference import PreferenceMethod
+from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
+from lit_llm.methods.token_view import TokenView
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 
 _LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
@@ -55,6 +56,7 @@ class AlignDistil(PreferenceMethod):
     """
 
     reference_parts = ("validation", "test")
+    teacher_words = "DPO model"
 
     def __init__(
         self,
@@ -82,7 +84,8 @@ class AlignDistil(PreferenceMethod):
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
         self.frozen_other: Frozen | None = None
         self.frozen_start: Frozen | None = None
-        self._frozen_sums: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.view = self._new_view()
+        self._frozen_log_probs: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     # ---------------------------------------------------------------- models
 
@@ -186,14 +189,25 @@ class AlignDistil(PreferenceMethod):
         self.log_means(stage, {"tvd_below_0.01": (terms.tvd_T < 0.01).sum()}, tokens.num_supervised)
         if self.frozen_start is not None:
             self.log_means(stage, {"kl_start": self._kl_to_start(tokens)}, tokens.num_supervised)
-        self._log_rewards(batch, stage)
+        dpo_T, other_T = self._of_frozen(batch, stage)
+        self._log_rewards(batch, stage, dpo_T, other_T)
 
-    def _log_rewards(self, batch: PreferenceBatch, stage: str) -> None:
-        beta, start_2B = self.combination.dpo_beta, batch.reference_B2.T
+        self.view.add({"alpha": terms.alpha_T, "tvd": terms.tvd_T})
+        reward_T = self.combination.dpo_beta * (dpo_T - other_T)[: tokens.num_supervised]
+        scores = {"alpha": terms.alpha_T, "reward": reward_T, "kl_dpo": terms.kl_dpo_T}
+        self.view.add_answers(batch.examples, tokens, self.student_tokenizer, scores)
+
+    def _of_frozen(self, batch: PreferenceBatch, stage: str) -> tuple[Tensor, Tensor]:
+        """(T,) each: log-probabilities of the tokens of all answers under the two frozen models, which are asked once."""
         key = (stage, batch.examples)
-        if key not in self._frozen_sums:
-            self._frozen_sums[key] = tuple(self.answer_log_probs(m, batch) for m in (self.teacher, self.other))
-        dpo_2B, other_2B = self._frozen_sums[key]
+        if key not in self._frozen_log_probs:
+            frozen = (self.teacher, self.other)
+            self._frozen_log_probs[key] = tuple(self.answer_token_log_probs(model, batch) for model in frozen)
+        return self._frozen_log_probs[key]
+
+    def _log_rewards(self, batch: PreferenceBatch, stage: str, dpo_T: Tensor, other_T: Tensor) -> None:
+        beta, start_2B = self.combination.dpo_beta, batch.reference_B2.T
+        dpo_2B, other_2B = sums_of_answers(dpo_T, batch), sums_of_answers(other_T, batch)
         rewards = {
             "": self.answer_log_probs(self.student, batch) - start_2B,
             "dpo_": dpo_2B - start_2B,
@@ -204,7 +218,31 @@ class AlignDistil(PreferenceMethod):
             sums = {f"{name}reward_margin": margin_B.sum(), f"{name}reward_accuracy": (margin_B > 0).sum()}
             self.log_means(stage, sums, len(margin_B))
 
+    def _new_view(self) -> TokenView:
+        return TokenView(("alpha", "tvd"), self.generation.shown)
+
+    def on_validation_epoch_start(self) -> None:
+        self.view = self._new_view()
+
+    def on_test_epoch_start(self) -> None:
+        self.view = self._new_view()
+
+    def on_test_epoch_end(self) -> None:
+        self._show_tokens("test")
+        super().on_test_epoch_end()
+
+    def _show_tokens(self, stage: str) -> None:
+        """Hand over what the callbacks show of tokens."""
+        self.token_scores, self.histograms = self.view.answers(self), self.view.histograms(self)
+        self._log_percentiles(f"{stage}/alpha", self.histograms["alpha"])
+
+    def _log_percentiles(self, name: str, value_T: Tensor) -> None:
+        for percent in (50, 95) if len(value_T) else ():
+            self.log(f"{name}_p{percent}", value_T.quantile(percent / 100))
+
     def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._show_tokens("val")
         if self.rollouts is not None and not self.trainer.sanity_checking:
             batch = self.rollouts.of_validation()
             if batch is not None:
@@ -217,6 +255,8 @@ class AlignDistil(PreferenceMethod):
         terms = self.compared(tokens, torch.ones_like(tokens.target_T, dtype=torch.float32))
         for name, value in self._means(terms, tokens, samples).items():
             self.log(f"val/sampled_{name}", value / samples)
+        self.histograms |= {"sampled_alpha": terms.alpha_T.cpu(), "sampled_tvd": terms.tvd_T.cpu()}
+        self._log_percentiles("val/sampled_alpha", terms.alpha_T.float())
         log_probs = [
             token_log_probs(model.hidden(tokens), model.head, tokens.target_T, chunk_size=self.loss_chunk)
             for model in (self.teacher, self.other)

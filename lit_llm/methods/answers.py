@@ -16,6 +16,7 @@ from lit_llm.data.tokenized import EvaluationPrompt
 from lit_llm.evaluation.constraints import reward
 from lit_llm.evaluation.rouge import RougeL
 from lit_llm.evaluation.samples import Sample
+from lit_llm.evaluation.token_scores import TokenScores
 from lit_llm.models.language_model import Frozen, LanguageModel
 from lit_llm.storage import write_atomically
 
@@ -34,7 +35,7 @@ class Generation:
         top_k: sampling among the k best; 0 is off.
         no_repeat_ngram_size: forbids repeated n-grams; 0 is off (the papers' final evaluation uses 6).
         batch_size: prompts at a time.
-        shown: samples written to TensorBoard and the report.
+        shown: samples written to TensorBoard and the report, and answers shown token by token, where a method does so.
     """
 
     prompts: int = 64
@@ -55,8 +56,13 @@ class Answering(L.LightningModule):
     Attributes:
         student: the model that is trained, once it is built.
         frozen_teacher: the one that it is shown beside, if any.
+        teacher_words: what people call it.
         samples: of the last evaluation.
+        token_scores: answers of the last evaluation, token by token; empty where a method has nothing to show of them.
+        histograms: name -> values of tokens of the last evaluation, on the CPU; likewise.
     """
+
+    teacher_words = "teacher"
 
     def __init__(self, generation: Generation) -> None:
         super().__init__()
@@ -64,6 +70,8 @@ class Answering(L.LightningModule):
         self.student: LanguageModel | None = None
         self.frozen_teacher: Frozen | None = None
         self.samples: list[Sample] = []
+        self.token_scores: list[TokenScores] = []
+        self.histograms: dict[str, Tensor] = {}
         self._start_answers: dict[str, list[str]] = {}
         self._teacher_results: dict[str, dict[str, Any]] = {}
 

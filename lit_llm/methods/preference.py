@@ -77,11 +77,14 @@ class PreferenceMethod(Method):
 
     def answer_log_probs(self, model: LanguageModel, batch: PreferenceBatch) -> Tensor:
         """(2, B) log-probabilities of the chosen and the rejected answers, summed over their tokens."""
+        return sums_of_answers(self.answer_token_log_probs(model, batch), batch)
+
+    def answer_token_log_probs(self, model: LanguageModel, batch: PreferenceBatch) -> Tensor:
+        """(T,) log-probabilities of the tokens of all answers, first those of the chosen ones."""
         sides = (batch.chosen, batch.rejected)
         hidden_TD = torch.cat([model.hidden(side) for side in sides])
         target_T = torch.cat([side.target_T for side in sides])
-        log_prob_T = token_log_probs(hidden_TD, model.head, target_T, chunk_size=self.loss_chunk)
-        return sum_by_sequence(log_prob_T, sequences(batch), 2 * len(batch.examples)).view(2, -1)
+        return token_log_probs(hidden_TD, model.head, target_T, chunk_size=self.loss_chunk)
 
     def log_preference(self, prefix: str, terms: PreferenceTerms, sums_2B: Tensor, batch: PreferenceBatch) -> None:
         """Log what is known of a batch as means over pairs (log-probabilities: over tokens).
@@ -127,3 +130,8 @@ class PreferenceMethod(Method):
 def sequences(batch: PreferenceBatch) -> Tensor:
     """(T,) the answer that each supervised token belongs to: chosen answers 0..B-1, rejected ones B..2B-1."""
     return torch.cat([batch.chosen.sequence_T, batch.rejected.sequence_T + len(batch.examples)])
+
+
+def sums_of_answers(value_T: Tensor, batch: PreferenceBatch) -> Tensor:
+    """(2, B) sums over the tokens of each answer, of values in the order of `sequences`."""
+    return sum_by_sequence(value_T, sequences(batch), 2 * len(batch.examples)).view(2, -1)

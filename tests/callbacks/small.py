@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.evaluation.samples import Sample
+from lit_llm.evaluation.token_scores import TokenScores
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class SmallMethod(L.LightningModule):
         self.dropout = nn.Dropout(0.5)
         self.learning_rate, self.draws_in_validation = learning_rate, draws_in_validation
         self.samples: list[Sample] = []
+        self.token_scores: list[TokenScores] = []
+        self.histograms: dict[str, torch.Tensor] = {}
         self.validated_at: list[int] = []
 
     @property
@@ -89,12 +92,16 @@ class SmallMethod(L.LightningModule):
         if not self.trainer.sanity_checking:
             self.validated_at.append(self.global_step)
             self.samples = [Sample("Two | plus\ntwo?", "four", {"student": f"<b>{self.global_step}</b>"})]
+            scores = {"alpha": (0.123456789, 2.0), "reward": (-1.0, float(self.global_step))}
+            self.token_scores = [TokenScores("Two?", ("fo", "ur"), scores)]
+            self.histograms = {"alpha": torch.arange(5.0) + self.global_step, "nothing": torch.zeros(0)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.log("test/loss", self.student(batch.values).square().mean(), batch_size=1)
 
     def on_test_epoch_end(self) -> None:
         self.samples = [Sample("a", "b", {"student": "c"})]
+        self.token_scores = [TokenScores("a", ("b",), {"alpha": (1.0,)})]
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)

@@ -23,7 +23,8 @@ def test_a_run_leaves_everything_that_a_run_folder_promises(tmp_path):
 
 
 def test_evaluating_commands_neither_guard_nor_export():
-    assert names(stage="test") == ["Progress", "StepAxis", "RunRecord", "Samples", "Report"] == names(stage="validate")
+    evaluating = ["Progress", "StepAxis", "RunRecord", "Samples", "TokenLines", "Report"]
+    assert names(stage="test") == evaluating == names(stage="validate")
     assert names(stage="predict") == ["Progress"]
     assert names(stage="export") == []
 
@@ -36,5 +37,5 @@ def test_the_progress_bar_can_be_left_out(stage):
 def test_progress_shows_what_throughput_measured_and_the_report_comes_after_its_sources():
     order = names(stage="fit")
     assert order.index("Throughput") < order.index("Progress")
-    assert max(map(order.index, ("StepAxis", "RunRecord", "Samples", "HfExport"))) < order.index("Report")
+    assert max(map(order.index, ("StepAxis", "RunRecord", "Samples", "TokenLines", "HfExport"))) < order.index("Report")
     assert order[-1] == "ValidateAtStart"
