@@ -42,6 +42,9 @@ class TokenBatch(_Movable):
             stays within a sequence, which begins wherever the position is not one more than the last. None: one
             sequence in each row.
         longest: tokens of the longest sequence; known where `position_ids_RL` is.
+        branch_RL: rows with two answers to one prompt only: 0 for the prompt, 1 and 2 for the answers, int8. A token sees
+            the prompt and what came before it in its own answer. Supervised positions are then those of all first answers,
+            followed by those of all second ones (sequences B to 2B - 1).
     """
 
     ids_BL: Tensor
@@ -51,6 +54,7 @@ class TokenBatch(_Movable):
     sequence_T: Tensor
     position_ids_RL: Tensor | None = None
     longest: int | None = None
+    branch_RL: Tensor | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -120,8 +124,10 @@ class PreferenceBatch(_Movable):
         step_rejected_tokens: those of its rejected answers.
         num_tokens: real (not padding) tokens of this batch, both sides, prompts counted twice.
         examples: indices of the pairs in their dataset.
+        both: every prompt once, with both of its answers behind it.
         reference_B2: (B, 2) log-probabilities of the chosen and the rejected answers under a reference model, summed
             over supervised tokens, float32, where a method has stored them; else None.
+        is_swapped: whether `both` begins with the rejected answers.
     """
 
     chosen: TokenBatch
@@ -131,7 +137,9 @@ class PreferenceBatch(_Movable):
     step_rejected_tokens: int
     num_tokens: int
     examples: tuple[int, ...]
+    both: TokenBatch | None = None
     reference_B2: Tensor | None = None
+    is_swapped: bool = False
 
     def swapped(self) -> PreferenceBatch:
         """The same pairs with the preference turned around."""
@@ -142,6 +150,7 @@ class PreferenceBatch(_Movable):
             step_tokens=self.step_rejected_tokens,
             step_rejected_tokens=self.step_tokens,
             reference_B2=None if self.reference_B2 is None else self.reference_B2.flip(1),
+            is_swapped=not self.is_swapped,
         )
 
 
@@ -196,6 +205,47 @@ def _places(lengths: Sequence[int], row_sizes: Sequence[int] | None) -> tuple[li
             start += length
         number += size
     return rows, starts
+
+
+def collate_branches(
+    prompts: Sequence[Sequence[int]], first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], pad_id: int
+) -> TokenBatch:
+    """Rows of a prompt with two answers, so that the prompt is run once; see `TokenBatch.branch_RL`.
+
+    Args:
+        prompts: tokens of each prompt, at least one.
+        first: tokens of each first answer.
+        second: tokens of each second answer.
+        pad_id: any valid id.
+    """
+    triples = list(zip(prompts, first, second, strict=True))
+    lengths = [sum(map(len, triple)) for triple in triples]
+    width = max(lengths)
+    ids_RL = torch.full((len(triples), width), pad_id, dtype=torch.int64)
+    position_ids_RL, branch_RL = torch.zeros_like(ids_RL), torch.zeros(ids_RL.shape, dtype=torch.int8)
+    supervised: list[list[tuple[Tensor, Tensor, int]]] = [[], []]
+    for row, (prompt, *answers) in enumerate(triples):
+        start = len(prompt)
+        ids_RL[row, :start], position_ids_RL[row, :start] = torch.as_tensor(prompt), torch.arange(start)
+        for side, answer in enumerate(answers):
+            tokens, span = torch.as_tensor(answer, dtype=torch.int64), slice(start, start + len(answer))
+            ids_RL[row, span], branch_RL[row, span] = tokens, side + 1
+            position_ids_RL[row, span] = torch.arange(len(prompt), len(prompt) + len(answer))
+            # the last token of the prompt predicts the first of both answers
+            places = torch.cat([torch.tensor([len(prompt) - 1]), torch.arange(start, start + len(answer) - 1)])
+            supervised[side].append((places + row * width, tokens, row + side * len(triples)))
+            start += len(answer)
+    flat = [*supervised[0], *supervised[1]]
+    return TokenBatch(
+        ids_BL=ids_RL,
+        length_B=torch.tensor(lengths),
+        position_T=torch.cat([places for places, _, _ in flat]),
+        target_T=torch.cat([tokens for _, tokens, _ in flat]),
+        sequence_T=torch.cat([torch.full((len(tokens),), number) for _, tokens, number in flat]),
+        position_ids_RL=position_ids_RL,
+        longest=int(position_ids_RL.max()) + 1,
+        branch_RL=branch_RL,
+    )
 
 
 def collate_pairs(

@@ -6,7 +6,7 @@ from typing import Literal, Optional
 
 from torch import Tensor
 
-from lit_llm.data.batch import PreferenceBatch, collate_tokens
+from lit_llm.data.batch import PreferenceBatch, collate_branches, collate_tokens
 from lit_llm.data.planned_data import PlannedData, Split, check_room
 from lit_llm.data.preference_pairs import PairEncoding, PairSet, tokenize_pairs
 from lit_llm.data.step_sampler import MicroBatch, StepSampler
@@ -150,6 +150,9 @@ class PreferenceBatches:
             step_rejected_tokens=micro.step_other_tokens,
             num_tokens=int(chosen.length_B.sum() + rejected.length_B.sum()),
             examples=micro.examples,
+            both=collate_branches(
+                *([row[name] for row in rows] for name in ("student_prompt_ids", "chosen_ids", "rejected_ids")), self.pad_id
+            ),
             reference_B2=self._reference(micro.examples),
         )
 

@@ -17,7 +17,7 @@ from lit_llm.losses.preference import PreferenceTerms, sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs_with_kl
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
-from lit_llm.methods.preference import PreferenceMethod, sequences
+from lit_llm.methods.preference import PreferenceMethod, hidden_of_pairs, sequences
 from lit_llm.models.language_model import Frozen, ModelSpec
 
 PreferenceLoss = Literal["sigmoid", "ipo", "simpo", "kto", "tdpo1", "tdpo2"]
@@ -152,9 +152,9 @@ class DPO(PreferenceMethod):
     def _token_level(self, batch: PreferenceBatch) -> Scored:
         sides, model = (batch.chosen, batch.rejected), self.frozen_reference.model
         with torch.no_grad():
-            reference_TD = torch.cat([model.hidden(side) for side in sides])
+            reference_TD = hidden_of_pairs(model, batch)
         found = token_log_probs_with_kl(
-            torch.cat([self.student.hidden(side) for side in sides]),
+            hidden_of_pairs(self.student, batch),
             self.student.head,
             torch.cat([side.target_T for side in sides]),
             reference_TD,

@@ -81,10 +81,8 @@ class PreferenceMethod(Method):
 
     def answer_token_log_probs(self, model: LanguageModel, batch: PreferenceBatch) -> Tensor:
         """(T,) log-probabilities of the tokens of all answers, first those of the chosen ones."""
-        sides = (batch.chosen, batch.rejected)
-        hidden_TD = torch.cat([model.hidden(side) for side in sides])
-        target_T = torch.cat([side.target_T for side in sides])
-        return token_log_probs(hidden_TD, model.head, target_T, chunk_size=self.loss_chunk)
+        target_T = torch.cat([side.target_T for side in (batch.chosen, batch.rejected)])
+        return token_log_probs(hidden_of_pairs(model, batch), model.head, target_T, chunk_size=self.loss_chunk)
 
     def log_preference(self, prefix: str, terms: PreferenceTerms, sums_2B: Tensor, batch: PreferenceBatch) -> None:
         """Log what is known of a batch as means over pairs (log-probabilities: over tokens).
@@ -125,6 +123,18 @@ class PreferenceMethod(Method):
     def identity(self) -> dict[str, Any]:
         reference = self.reference_spec
         return {**super().identity(), "reference": reference and str(reference.source or reference.config)}
+
+
+def hidden_of_pairs(model: LanguageModel, batch: PreferenceBatch) -> Tensor:
+    """(T, D) hidden states of all answers in the order of `sequences`; prompts are run once where the model allows it."""
+    sides = (batch.chosen, batch.rejected)
+    if batch.both is None or not model.branches(batch.both):
+        return torch.cat([model.hidden(side) for side in sides])
+    hidden_TD = model.hidden(batch.both)
+    if not batch.is_swapped:
+        return hidden_TD
+    rejected, chosen = hidden_TD.split([side.num_supervised for side in reversed(sides)])
+    return torch.cat([chosen, rejected])
 
 
 def sequences(batch: PreferenceBatch) -> Tensor:

@@ -209,11 +209,38 @@ class LanguageModel(nn.Module):
                 f"A sequence of {length} tokens does not fit the {limit} positions of {type(self.transformer).__name__}. "
                 f"Set data.max_length to {limit} or less."
             )
+        if tokens.branch_RL is not None:
+            return self._branched_hidden(tokens)
         if tokens.position_ids_RL is None:
             return self.transformer.base_model(input_ids=tokens.ids_BL, use_cache=False).last_hidden_state
         if self._packing_unknown:
             self.check_packing()
         return self._packed_hidden(tokens.ids_BL, tokens.position_ids_RL)
+
+    def branches(self, tokens: TokenBatch) -> bool:
+        """Whether two answers can share the run of their prompt: it takes a mask of our own, over all tokens."""
+        config = self.transformer.config
+        window = getattr(config.get_text_config(), "sliding_window", None)
+        masked = config._attn_implementation in ("sdpa", "eager") and config.model_type in _TESTED_FAMILIES
+        return masked and (not window or tokens.longest <= window)
+
+    def _branched_hidden(self, tokens: TokenBatch) -> Tensor:
+        """(R, L, D) of rows with two answers to one prompt."""
+        branch_RL = tokens.branch_RL
+        length, dtype = branch_RL.shape[1], self.transformer.dtype
+        device = branch_RL.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        earlier_LL = torch.ones(length, length, dtype=torch.bool, device=branch_RL.device).tril()
+        seen_RLL = earlier_LL & ((branch_RL == 0)[:, None, :] | (branch_RL[:, :, None] == branch_RL[:, None, :]))
+        mask_RLL = torch.zeros(seen_RLL.shape, dtype=dtype, device=branch_RL.device)
+        mask_RLL.masked_fill_(~seen_RLL, torch.finfo(dtype).min)
+        return self.transformer.base_model(
+            input_ids=tokens.ids_BL,
+            attention_mask=mask_RLL[:, None],
+            position_ids=tokens.position_ids_RL,
+            use_cache=False,
+        ).last_hidden_state
 
     def _packed_hidden(self, ids_RL: Tensor, position_ids_RL: Tensor) -> Tensor:
         """(R, L, D); without a mask, transformers keeps attention within sequences, told by where positions restart."""
