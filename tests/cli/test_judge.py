@@ -19,11 +19,17 @@ from tests.tiny_runs import write_pairs, write_rows
 def folders(tmp_path_factory):
     """Tiny models, and eight pairs of which two share a prompt and one has no checks."""
     folder = tmp_path_factory.mktemp("judge")
-    # wide weights, so that models say different things
+    # wide weights, so that models say different things, and a strong column for the end, so that some answers end
     for seed, name in enumerate(("judge", "start", "a", "b")):
         tiny_model_folder(folder / name, seed=seed, initializer_range=0.5)
     tiny_model_folder(folder / "foreign", tokenizer=sentencepiece_tokenizer(), seed=9, initializer_range=0.5)
+    for name in ("a", "foreign"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name)
+        model.lm_head.weight.data[model.config.eos_token_id] *= 3
+        model.save_pretrained(folder / name)
     rows = [json.loads(line) for line in write_pairs(folder / "pairs.jsonl", 8).read_text().splitlines()]
+    for row in rows:
+        row["checks"] += [{"kind": "no_digit"}, {"kind": "min_words", "value": 3}]
     rows[1] |= {key: rows[0][key] for key in ("prompt", "checks")}
     rows[7]["checks"] = []
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -68,19 +74,21 @@ def log_prob(folder, prompt: str, answer: list[int]) -> float:
 def test_the_reward_is_beta_times_the_log_ratio_of_the_answers_own_tokens(folders, judged):
     to, results = judged
     tokenizer = AutoTokenizer.from_pretrained(folders / "judge")
-    rewards, unfinished = [], 0
+    rewards, tokens, unfinished = [], 0, 0
     for seed in (10, 20):
         answers = lines_of(to / "answers" / f"b.seed{seed}.jsonl")
         assert len(answers) == 7
         for answer in answers:
             ids = tokenizer(answer["response"], add_special_tokens=False)["input_ids"]
+            tokens += len(ids)
             ids += [tokenizer.eos_token_id] if answer["finished"] else []
             unfinished += not answer["finished"]
             prompt = answer["prompt"]
             rewards.append(0.1 * (log_prob(folders / "judge", prompt, ids) - log_prob(folders / "start", prompt, ids)))
     found = results["models"]["b"]
     assert found["rewards"]["judge"]["value"] == pytest.approx(sum(rewards) / 14, abs=1e-4)
-    assert found["unfinished"] == pytest.approx(unfinished / 14)
+    assert 0 < unfinished < 14 and found["unfinished"] == pytest.approx(unfinished / 14)
+    assert found["tokens"]["value"] == pytest.approx(tokens / 14)
     assert (found["answers"], found["prompts"]) == (14, 7)
 
 
@@ -93,7 +101,7 @@ def test_the_ground_truth_is_the_share_of_checks_over_the_prompts_that_have_some
         for answer in lines_of(to / "answers" / f"a.seed{seed}.jsonl")
         if (checks := rows[answer["prompt"].strip()]["checks"])
     ]
-    assert len(found) == 12
+    assert len(found) == 12 and len(set(found)) > 1
     assert results["models"]["a"]["rewards"]["checks"]["value"] == pytest.approx(sum(found) / 12)
 
 
