@@ -31,11 +31,14 @@ def respond(options: list[str]) -> None:
 
 def judge(options: list[str]) -> None:
     """Parse the options of `judge` and run it."""
+    from inspect import getdoc
+
     from jsonargparse import ArgumentParser
 
     from lit_llm.judging import judge_answers
 
-    parser = ArgumentParser(prog="python -m lit_llm judge", description=judge_answers.__doc__)
+    about = getdoc(judge_answers).split("\n\nArgs:")[0]
+    parser = ArgumentParser(prog="python -m lit_llm judge", description=about)
     parser.add_function_arguments(judge_answers, as_group=False, skip={"answers", "against", "seeds"})
     parser.add_argument(
         "--answers", nargs="+", required=True, metavar="NAME=MODEL", help="the models that answer, each with a name"
