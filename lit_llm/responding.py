@@ -70,7 +70,7 @@ def answer_data_set(
     rows = load_rows(data, columns or {}, ("prompt",))
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     language_model = ModelSpec(source=model, dtype=dtype).load()
-    language_model.to(_device(device))
+    language_model.to(chosen_device(device))
     rules = Encoding(
         template, system, begin, "answers", max_prompt_length + 1, max_prompt_length, "keep_end", "cut", "bytes"
     )
@@ -93,20 +93,10 @@ def answer_data_set(
     }
     file = ResponseFile(Path(to), manifest)
     if file.complete:
-        _say(f"{to} is complete.")
+        say(f"{to} is complete.")
         return
 
-    def generate(members: list[int]) -> dict[int, dict[str, Any]]:
-        ids = language_model.generate(
-            [prompts[i] for i in members], **sampling, seed=batch_seed(seed, members[0]), batch_size=batch_size
-        )
-        texts = language_model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return {
-            i: {"response": text.strip(), "finished": len(new) < max_new_tokens}
-            for i, text, new in zip(members, texts, ids, strict=True)
-        }
-
-    answer_all(file, plan_batches(list(map(len, prompts)), batch_size), generate)
+    answer_prompts(file, language_model, prompts, sampling, seed, batch_size)
     kept = [i for i in range(len(rows)) if file.answers[i]["finished"] or unfinished == "keep"]
     if not kept:
         raise ValueError(
@@ -114,9 +104,41 @@ def answer_data_set(
             f"the first, or set --unfinished keep. {file.partial} holds the answers."
         )
     file.finish([_row(rows[i], file.answers[i]["response"]) for i in kept])
-    _say(
+    say(
         f"{len(kept):,} answers in {to}; {len(rows) - len(kept):,} that did not end in {max_new_tokens} tokens left out"
     )
+
+
+def answer_prompts(
+    file: ResponseFile,
+    model: LanguageModel,
+    prompts: list[list[int]],
+    sampling: dict[str, Any],
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Answer the prompts that the file does not hold: `response`, and whether it `finished` within its limit.
+
+    Args:
+        file: grows by whole batches.
+        model: answers.
+        prompts: token ids.
+        sampling: settings of `LanguageModel.generate`.
+        seed: of the sampling; every batch has its own, made from this one and from its first prompt.
+        batch_size: prompts at a time.
+    """
+
+    def generate(members: list[int]) -> dict[int, dict[str, Any]]:
+        ids = model.generate(
+            [prompts[i] for i in members], **sampling, seed=batch_seed(seed, members[0]), batch_size=batch_size
+        )
+        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return {
+            i: {"response": text.strip(), "finished": len(new) < sampling["max_new_tokens"]}
+            for i, text, new in zip(members, texts, ids, strict=True)
+        }
+
+    answer_all(file, plan_batches(list(map(len, prompts)), batch_size), generate)
 
 
 def answer_all(
@@ -125,10 +147,10 @@ def answer_all(
     """Answer the batches that the file does not hold as a whole, one after the other."""
     left = [members for members in batches if not all(index in file.answers for index in members)]
     if len(left) < len(batches):
-        _say(f"continues after {len(batches) - len(left)} of {len(batches)} batches")
+        say(f"continues after {len(batches) - len(left)} of {len(batches)} batches")
     for number, members in enumerate(left, len(batches) - len(left) + 1):
         file.append(generate(members))
-        _say(f"batch {number} of {len(batches)}")
+        say(f"batch {number} of {len(batches)}")
 
 
 def model_hash(model: LanguageModel) -> str:
@@ -142,17 +164,19 @@ def model_hash(model: LanguageModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _row(row: dict[str, Any], response: str) -> dict[str, Any]:
-    context = {"context": row["context"]} if "context" in row else {}
-    reference = {"reference": row["response"]} if "response" in row else {}
-    return {"prompt": row["prompt"], **context, "response": response, **reference}
-
-
-def _device(name: str) -> str:
+def chosen_device(name: str) -> str:
+    """The device that `auto` stands for, or the one that is named."""
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell the user how far it is; results go elsewhere."""
     sys.stderr.write(f"{text}\n")
+
+
+def _row(row: dict[str, Any], response: str) -> dict[str, Any]:
+    context = {"context": row["context"]} if "context" in row else {}
+    reference = {"reference": row["response"]} if "response" in row else {}
+    return {"prompt": row["prompt"], **context, "response": response, **reference}
