@@ -151,7 +151,8 @@ class PreferenceBatches:
             num_tokens=int(chosen.length_B.sum() + rejected.length_B.sum()),
             examples=micro.examples,
             both=collate_branches(
-                *([row[name] for row in rows] for name in ("student_prompt_ids", "chosen_ids", "rejected_ids")), self.pad_id
+                *([row[name] for row in rows] for name in ("student_prompt_ids", "chosen_ids", "rejected_ids")),
+                self.pad_id,
             ),
             reference_B2=self._reference(micro.examples),
         )

@@ -54,7 +54,7 @@ def test_a_wrong_column_lists_those_that_were_found(tmp_path, capfd):
 def test_data_of_the_wrong_kind_is_named_with_the_right_one(tmp_path, capfd, method, data, wanted):
     path = tiny_config(tmp_path, method)
     config = yaml.safe_load(path.read_text())
-    config["data"] = {"class_path": data}
+    config["data"] = {"class_path": data, "init_args": {"template": "plain"}}
     path.write_text(yaml.safe_dump(config))
     text = fit_message(capfd, path)
     assert f"data.class_path is {data}. Set data.class_path: {wanted}" in text

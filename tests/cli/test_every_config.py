@@ -34,7 +34,11 @@ def reduced(path: Path, folder: Path) -> Path:
     model = config["model"]["init_args"]
     roles = ("student", "teacher", "reference", "dpo", "other")
     sources = {role: model[role]["source"] for role in roles if role in model}
-    sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
+    # one config runs its stages as well; what they are in the others is a recipe of its own
+    with_stages = path.parent == CONFIGS
+    if with_stages:
+        sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
+    sources = {role: sources["student"] if s.startswith("stage:") else s for role, s in sources.items()}
     shorter = {"on_policy": {"max_new_tokens": 8, "validation_prompts": 2}} if "on_policy" in model else {}
     write = write_pairs if config["data"]["class_path"] == "Preferences" else write_rows
     folder.mkdir(exist_ok=True)
@@ -51,7 +55,9 @@ def reduced(path: Path, folder: Path) -> Path:
     }
     settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
     tiny = str(CONFIGS / "debug" / "tiny.yaml")
-    for name, stage in config.get("stages", {}).items():
+    if not with_stages:
+        settings["stages"] = {}
+    for name, stage in (config.get("stages", {}) if with_stages else {}).items():
         # the stages of a run are reduced like the run itself
         names = [str(path.parent / file) for file in stage["config"]]
         own = reduced(path.parent / stage["config"][0], folder / name)
