@@ -131,8 +131,13 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
         setup: of the trainer.
 
     Raises:
-        ValueError: a model's config cannot be had, or the run has no end.
+        ValueError: a model's config cannot be had, or the run has no end, or the method learns from pairs of answers.
     """
+    if method.on_pairs:
+        raise ValueError(
+            f"plan does not know how {type(method).__name__} runs its models over pairs of answers yet. Run it with "
+            "--trainer.max_steps=2 and read throughput/peak_memory_gb in metrics.csv."
+        )
     framework = 0 if setup.on_gpu else _framework_bytes(method)
     precision = Precision.named(setup.precision)
     loader = datamodule.train_dataloader()

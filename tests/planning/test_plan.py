@@ -67,7 +67,17 @@ def test_checkpointing_keeps_less_and_computes_more(tmp_path):
     assert spared.forward_flops + spared.backward_flops > 1.2 * (plain.forward_flops + plain.backward_flops)
 
 
-@pytest.mark.parametrize("method", METHODS)
+ON_PAIRS = ("dpo", "align")
+
+
+@pytest.mark.parametrize("method", ON_PAIRS)
+def test_methods_on_pairs_are_refused_with_a_way_to_measure(method, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(tiny_config(tmp_path, method))])
+    assert "over pairs of answers yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith(ON_PAIRS)])
 def test_every_method_can_be_planned_and_counts_what_it_trains(method, tmp_path, capsys):
     config = tiny_config(tmp_path, method, max_steps=2)
     plan = planned(config, capsys)
