@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
 
 from tests import tiny
+
+# Tests that run side by side share the cores; so do the processes that they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # A busy machine is slow, not wrong.
 settings.register_profile("lit_llm", deadline=None)
