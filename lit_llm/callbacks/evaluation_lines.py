@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import lightning as L
@@ -11,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks.append_only import append_lines, keep_lines
 
 
-class EvaluationLines(L.Callback):
+class EvaluationLines(L.Callback, ABC):
     """After a validation or test, appends to a file what the method kept of it, and shows it in TensorBoard.
 
     A line is a JSON object that begins with {"step", "stage" ("val" or "test")}. A resumed run drops the lines of later
@@ -25,9 +26,9 @@ class EvaluationLines(L.Callback):
     def __init__(self) -> None:
         self._loaded_step = 0
 
+    @abstractmethod
     def lines(self, pl_module: L.LightningModule) -> list[dict[str, Any]]:
         """What is to be written, without step and stage."""
-        raise NotImplementedError
 
     def show(self, experiment, pl_module: L.LightningModule, stage: str, step: int) -> None:
         """Show it in TensorBoard, through a SummaryWriter."""

@@ -154,6 +154,8 @@ class AlignDistil(PreferenceMethod):
         """Means over answers of their means over tokens (section 14 of our specification), and the heaviest token."""
         self.log_step(self._means(terms, tokens, samples), samples)
         self.log("train/answer_tokens", tokens.num_supervised / samples, batch_size=1)
+        if self.form == "decomposed":
+            return
         heavy_T = terms.beta_T * terms.value_T
         self.log("train/max_beta_kl", heavy_T.max(), batch_size=1, reduce_fx="max")
         largest, mean = heavy_T.max(), heavy_T.abs().mean()
@@ -168,7 +170,8 @@ class AlignDistil(PreferenceMethod):
     def _means(terms: AdaptivePolicyTerms, tokens: TokenBatch, samples: int) -> dict[str, Tensor]:
         """Sums over answers of their mean over tokens."""
         values = {name: getattr(terms, f"{name}_T") for name in _PER_TOKEN} | {
-            "kl": terms.value_T,
+            # without log Z_t, as in the decomposed form, the value is no divergence
+            "kl": terms.value_T if terms.teacher_entropy_T is not None else None,
             "agreement": terms.agree_T,
         }
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Optional
 
@@ -17,7 +18,7 @@ from lit_llm.methods.distillation import Distillation
 from lit_llm.models.language_model import ModelSpec
 
 
-class CrossVocabulary(Distillation):
+class CrossVocabulary(Distillation, ABC):
     """A student that learns from the data and, at paired tokens, from a teacher of another vocabulary.
 
     Loss: ((1 - kd_weight) CE + kd_weight KD) / n, both sums over tokens of the optimizer step, n its supervised tokens of
@@ -55,11 +56,11 @@ class CrossVocabulary(Distillation):
             )
         self.kd_weight = kd_weight
 
+    @abstractmethod
     def loss(
         self, batch: DistillationBatch, teacher_hidden: Tensor, *, ce_weight: float, kd_weight: float
     ) -> HeadTerms:
         """The weighted sums of a batch, from (U, E) hidden states of the teacher."""
-        raise NotImplementedError
 
     def refuse_one_tokenizer(self, instead: str) -> None:
         """Raise a ValueError that names another method, if student and teacher share their tokenizer."""

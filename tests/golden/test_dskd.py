@@ -77,11 +77,12 @@ def test_everything_that_the_index_expects_comes_out_exactly(name):
     check(INDEX[name], FOLDER, torch.float64)
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_TENSORS if INDEX[name]["fields"]])
+EXPECT_TENSORS = [n for n in WITH_TENSORS if any(f["role"] == "expected" for f in INDEX[n]["fields"].values())]
+
+
+@pytest.mark.parametrize("name", EXPECT_TENSORS)
 def test_a_changed_tensor_is_noticed(name, copied):
     entry = INDEX[name]
-    if not any(field["role"] == "expected" for field in entry["fields"].values()):
-        pytest.skip("this case expects scalars only")
     changed = change_largest_value(copied, entry)
     with pytest.raises(AssertionError, match=changed.replace(".", r"\.")):
         check(entry, copied, torch.float64)
