@@ -179,6 +179,13 @@ class TrainingCLI(LightningCLI):
         """The config of a `fit` with these options, every default filled in."""
         return self._subcommand_parsers["fit"].parse_args(options).as_dict()
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.config[self.subcommand].compile_loss and not self.model.compiles_loss:
+            raise ValueError(
+                f"compile_loss is true, but no part of {type(self.model).__name__}'s loss is compiled. Leave compile_loss out."
+            )
+
     def instantiate_trainer(self, **kwargs) -> Trainer:
         config = self.config[self.subcommand]
         settings = self._get(self.config_init, "trainer", default={})

@@ -36,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         serve(json.loads(given.worker))
         return 0
     if given.suite in STEPPED:
+        if given.warmup < 1:
+            raise SystemExit(
+                f"bench: --warmup is {given.warmup}, but memory is measured in these steps. Give at least 1."
+            )
         rows = stepped(given)
     else:
         rows = importlib.import_module(f"benchmarks.{given.suite}").measure(given)

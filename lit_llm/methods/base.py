@@ -73,10 +73,12 @@ class Method(Answering):
         alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
             the first one is used where the data does not choose.
         on_pairs: whether batches are pairs of answers.
+        compiles_loss: whether `--compile_loss` has something to compile.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
     on_pairs = False
+    compiles_loss = True
 
     def __init__(
         self,

@@ -95,6 +95,10 @@ class DPO(PreferenceMethod):
         return self.loss != "simpo" and not self.runs_reference
 
     @property
+    def compiles_loss(self) -> bool:
+        return self.runs_reference
+
+    @property
     def runs_reference(self) -> bool:
         """Whether the reference is run beside the policy, for its whole distribution."""
         return self.loss.startswith("tdpo")

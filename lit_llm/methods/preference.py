@@ -39,6 +39,7 @@ class PreferenceMethod(Method):
     """
 
     on_pairs = True
+    compiles_loss = False
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")
 

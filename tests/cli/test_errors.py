@@ -60,6 +60,12 @@ def test_data_of_the_wrong_kind_is_named_with_the_right_one(tmp_path, capfd, met
     assert f"data.class_path is {data}. Set data.class_path: {wanted}" in text
 
 
+@pytest.mark.parametrize("method", ["dpo", "align"])
+def test_compiling_a_loss_that_has_nothing_to_compile_is_refused(tmp_path, capfd, method):
+    text = fit_message(capfd, tiny_config(tmp_path, method), "--compile_loss=true")
+    assert "compile_loss is true, but no part of" in text
+
+
 def test_an_unreadable_file_is_named(tmp_path, capfd):
     rows = tmp_path / "broken.jsonl"
     rows.write_text('{"prompt": "a", "response"')
