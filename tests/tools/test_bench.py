@@ -54,6 +54,11 @@ def test_a_contender_that_computes_something_else_is_void():
 
 def test_a_missing_checkout_is_said_by_row():
     done = bench(
-        "dskd", "--setting", "tiny", "--steps", "1", "--warmup", "0", "--threads", "1", "--only", "DSKDv2 code"
+        "dskd", "--setting", "tiny", "--steps", "1", "--warmup", "1", "--threads", "1", "--only", "DSKDv2 code"
     )
     assert done.returncode == 0 and "skipped: --dskdv2 CHECKOUT" in done.stdout
+
+
+def test_a_bench_without_a_step_that_measures_memory_is_refused():
+    done = bench("dskd", "--setting", "tiny", "--steps", "1", "--warmup", "0", "--threads", "1")
+    assert done.returncode != 0 and "--warmup is 0" in done.stderr
