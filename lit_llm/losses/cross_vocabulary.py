@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lit_llm.losses.chunks import sum_over_chunks
 from lit_llm.losses.divergence import Divergence, at_least_float32
@@ -161,10 +160,19 @@ def mined(
 
 
 def sorted_distance(q_TV: Tensor, p_TW: Tensor) -> Tensor:
-    """L1 distance of two lists of probabilities, each sorted in descending order, (T,)."""
-    widest = max(q_TV.shape[1], p_TW.shape[1])
-    sorted_q, sorted_p = (p.sort(dim=-1, descending=True).values for p in (q_TV, p_TW))
-    return (pad(sorted_q, (0, widest - q_TV.shape[1])) - pad(sorted_p, (0, widest - p_TW.shape[1]))).abs().sum(-1)
+    """L1 distance of two lists of probabilities, each sorted in descending order, the shorter padded with 0, (T,)."""
+    shared = min(q_TV.shape[1], p_TW.shape[1])
+    (top_q, tail_q), (top_p, tail_p) = (_top_and_tail(probs, shared) for probs in (q_TV, p_TW))
+    return (top_q - top_p).abs().sum(-1) + tail_q + tail_p
+
+
+def _top_and_tail(p_TV: Tensor, count: int) -> tuple[Tensor, Tensor | int]:
+    """The `count` largest in descending order, and the sum of the others, which meet the padding."""
+    if 2 * count >= p_TV.shape[1]:  # a selection of most is no cheaper than sorting all
+        sorted_TV = p_TV.sort(dim=-1, descending=True).values
+        return sorted_TV[:, :count], sorted_TV[:, count:].sum(-1)
+    top_TK = p_TV.topk(count, dim=-1).values
+    return top_TK, p_TV.sum(-1) - top_TK.sum(-1)
 
 
 def mined_target(teacher_NW: Tensor, target_C: Tensor, student_to_teacher_V: Tensor) -> Tensor:

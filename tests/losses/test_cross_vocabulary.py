@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from lit_llm.losses.cross_vocabulary import (
     first_source,
@@ -104,6 +105,24 @@ def test_the_first_teacher_token_that_maps_to_a_student_token_gives_its_logit():
 def test_sorted_distance_pads_the_shorter_vocabulary_with_zeros():
     q_TV, p_TW = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.1, 0.4]])
     torch.testing.assert_close(sorted_distance(q_TV, p_TW), torch.tensor([0.3 + 0.2 + 0.1]))
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(5, 64), (64, 5), (40, 64)])
+def test_sorted_distance_of_a_much_wider_vocabulary_is_that_of_padded_sorted_lists(narrow, wide):
+    generator = torch.Generator().manual_seed(wide)
+    q_TV = torch.randn(7, narrow, dtype=torch.float64, generator=generator).softmax(-1).requires_grad_()
+    p_TW = torch.randn(7, wide, dtype=torch.float64, generator=generator).softmax(-1).requires_grad_()
+    lists = [pad(p.sort(-1, descending=True).values, (0, 64 - p.shape[1])) for p in (q_TV, p_TW)]
+    expected_T = (lists[0] - lists[1]).abs().sum(-1)
+
+    distance_T = sorted_distance(q_TV, p_TW)
+    torch.testing.assert_close(distance_T, expected_T, rtol=1e-12, atol=1e-14)
+    for found, expected in zip(
+        torch.autograd.grad(distance_T.sum(), (q_TV, p_TW)),
+        torch.autograd.grad(expected_T.sum(), (q_TV, p_TW)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_no_pairs_leave_the_cross_entropy(models):
