@@ -21,13 +21,17 @@ CLASSES = {
     "gold": "GOLD",
     "dpo": "DPO",
     "align": "AlignDistil",
+    "dckd": "DCKD",
+    "adpa": "ADPA",
 }
 METHODS = (
     *("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"),
     *("uld", "uld_cross", "mined_cross", "shared_cross", "gold_cross", "gold_cross_hybrid"),
     *("kd_sampled", "dskd_sampled", "dskd_cross_sampled"),
     *("dpo", "dpo_token_level", "align", "align_sampled"),
+    *("dckd", "adpa", "adpa_sampled"),
 )
+ON_PAIRS = ("dpo", "align", "dckd", "adpa")  # how the names of methods on pairs begin
 ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
 
 
@@ -88,13 +92,17 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         "optimization": {"lr": 1e-2},
         "generation": {"prompts": 2, "test_prompts": 2, "max_new_tokens": 4},
     }
-    on_pairs = method.startswith(("dpo", "align"))
+    on_pairs = method.startswith(ON_PAIRS)
     write = write_pairs if on_pairs else write_rows
     if method.startswith("align"):
         other = tiny_model_folder(folder / "other", tokenizer=byte_level, hidden_size=32, layers=2, seed=5)
         model |= {"dpo": {"source": str(teacher)}, "other": {"source": str(other)}, "watch_start": True}
-    elif method != "sft" and not on_pairs:
+    elif method != "sft" and not method.startswith("dpo"):
         model["teacher"] = {"source": str(teacher)}
+    if method.startswith("adpa"):
+        before = tiny_model_folder(folder / "before", tokenizer=byte_level, hidden_size=32, layers=2, seed=5)
+        model |= {"reference_teacher": {"source": str(before)}}
+        model["answers"] = "start" if "sampled" in method else "rejected"
     if method == "dpo_token_level":
         model["loss"] = "tdpo2"
     if method in ("dskd_v1", "dskd_cross_cma"):
