@@ -32,7 +32,7 @@ def reduced(path: Path, folder: Path) -> Path:
     """What replaces models and data of a config; everything else stays as shipped."""
     config = yaml.safe_load(path.read_text())
     model = config["model"]["init_args"]
-    roles = ("student", "teacher", "reference", "dpo", "other")
+    roles = ("student", "teacher", "reference", "dpo", "other", "reference_teacher")
     sources = {role: model[role]["source"] for role in roles if role in model}
     # one config runs its stages as well; what they are in the others is a recipe of its own
     with_stages = path.parent == CONFIGS
