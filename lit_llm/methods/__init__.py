@@ -7,6 +7,7 @@ from lit_llm.methods.dpo import DPO
 from lit_llm.methods.dskd import DSKD
 from lit_llm.methods.gold import GOLD
 from lit_llm.methods.kd import KD
+from lit_llm.methods.kto import KTO
 from lit_llm.methods.mined import MinED
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
@@ -19,6 +20,7 @@ __all__ = [
     "DSKD",
     "GOLD",
     "KD",
+    "KTO",
     "SFT",
     "ULD",
     "AlignDistil",
