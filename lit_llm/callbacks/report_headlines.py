@@ -38,6 +38,7 @@ _ON_PAIRS = [
     Headline("reward", "Share of the prompt's checks that generated answers keep", higher=True),
     Headline("loss", "Loss", higher=False),
     Headline("reward_accuracy", "Pairs in the data's order: reward of the policy", higher=True, implicit=True),
+    Headline("label_accuracy", "Answers on their label's side of the baseline", higher=True, implicit=True),
     Headline("dpo_reward_accuracy", "Pairs in the data's order: reward of the DPO model", higher=True, of="teacher"),
     Headline(
         "contrastive_reward_accuracy",
