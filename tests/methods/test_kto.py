@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -79,6 +81,22 @@ def test_splitting_a_batch_changes_nothing_where_the_baseline_is_above_zero(tmp_
     assert metrics(whole)["train/baseline"] > 1
     assert metrics(split)["train/baseline"] == pytest.approx(metrics(whole)["train/baseline"], abs=1e-6)
     assert largest_gap(state(split.model), state(whole.model)) < 1e-6
+
+
+def test_two_processes_have_one_baseline(tmp_path):
+    quiet = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", "--data.init_args.bucket=1")
+    config, options = with_bad_reference(tmp_path / "one", max_steps=3)
+    fit(config, *options, *quiet, "--data.init_args.batch_size=4", "--model.init_args.beta=0.03")
+    config, options = with_bad_reference(tmp_path / "two", max_steps=3)
+    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(config), *options, *quiet]
+    command += ["--data.init_args.batch_size=2", "--model.init_args.beta=0.03"]
+    done = subprocess.run(
+        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [tmp_path / which / "runs/kto/version_0/checkpoints/last.ckpt" for which in ("one", "two")]
+    ours, theirs = (torch.load(file, weights_only=False)["state_dict"] for file in files)
+    assert largest_gap(ours, theirs) < 1e-6
 
 
 def test_good_answers_become_more_likely_and_bad_ones_less(tmp_path):
