@@ -105,6 +105,11 @@ class RunData:
         return any(self.curve(f"{stage}/{name}") for stage in ("val", "test", "train") for name in names)
 
     @property
+    def combines_teachers(self) -> bool:
+        """Whether the teacher is put together from two models, as in AlignDistil."""
+        return self.argument("dpo") is not None
+
+    @property
     def starts_at_reference(self) -> bool:
         """Whether rewards relative to the reference are nothing but rounding at step 0, and so order no pairs."""
         names = ("reward_margin", "good_reward")

@@ -48,7 +48,7 @@ _ON_PAIRS = [
     ),
     Headline("kl_dpo", "KL to the DPO model, per token", higher=None),
     Headline("kl_start", "KL to the start, per token", higher=None),
-    Headline("agreement", "Agreement with the combined teacher", higher=True),
+    Headline("agreement", "Agreement with the teacher, combined where there are two", higher=True),
     Headline("rouge_l", "ROUGE-L of generated answers", higher=True),
 ]
 

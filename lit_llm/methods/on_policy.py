@@ -16,6 +16,7 @@ import torch
 
 from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.rollouts import Rollout, RolloutBatches
+from lit_llm.models.language_model import LanguageModel
 
 
 @dataclass
@@ -158,7 +159,7 @@ class Rollouts:
             for micro in step
         }
 
-    def _sample(self, prompts: list[list[int]], seed: int, model=None) -> list[Rollout]:
+    def _sample(self, prompts: list[list[int]], seed: int, model: LanguageModel | None = None) -> list[Rollout]:
         """Answers of the method's sampler, or of another model."""
         settings, encoding = self.settings, self.method.trainer.datamodule.encoding
         limit = settings.max_new_tokens or encoding.max_length - encoding.max_prompt_length
