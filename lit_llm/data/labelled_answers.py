@@ -40,10 +40,10 @@ _LABELS = {True: True, False: False, "good": True, "bad": False}
 class LabelledAnswers(Preferences):
     """Answers that are good or bad by themselves.
 
-    Rows have `answer`, a string or messages that end with it, `label`, `good` or `bad` or a boolean, `prompt`, a string or
-    messages, where the answer does not bring its own, and optionally `checks`; other names are mapped with `columns`. Rows of
-    pairs (`chosen`, `rejected`) are accepted too: each gives a good answer and a bad one. Limits, templates and batches are
-    those of `Preferences`, an example being one answer.
+    Rows have `answer`, a string or messages that end with it, `label`, `good` or `bad` or a boolean, `prompt`, a string
+    or messages, where the answer does not bring its own, and optionally `checks`; other names are mapped with `columns`.
+    Rows of pairs (`chosen`, `rejected`) are accepted too: each gives a good answer and a bad one. Limits, templates and
+    batches are those of `Preferences`, an example being one answer.
     """
 
     def _tokenized(self, split: Split) -> AnswerSet:

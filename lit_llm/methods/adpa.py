@@ -27,23 +27,23 @@ _PUBLISHED = OnPolicy(student_fraction=1.0, temperature=0.0)
 
 
 class ADPA(PreferenceDistillation):
-    """Raise the advantage that an aligned teacher sees in the policy's next token, beside cross-entropy on chosen answers.
+    """Raise the advantage that an aligned teacher sees in the policy's next token, beside cross-entropy.
 
-    Loss: sft_weight cross-entropy of the chosen answers - gamma E_policy[beta (log teacher - log reference_teacher)], the
-    first a mean over the chosen answers' tokens of the whole optimizer step, the second over those of `answers`. The
+    Loss: sft_weight cross-entropy of the chosen answers - gamma E_policy[beta (log teacher - log reference_teacher)],
+    the first a mean over the chosen answers' tokens of the whole optimizer step, the second over those of `answers`. The
     expectation is over the whole vocabulary, and advantages are not clamped as in the released loader. Dropout is off.
 
     Args:
         student: the policy that is trained, usually smaller than the teacher. ADPA+ starts it from DCKD.
         teacher: the frozen aligned model, such as one trained with DPO.
         reference_teacher: the frozen model that the teacher was before its alignment.
-        answers: whose answers the advantage is expected on. `start`: those that the policy gives as it starts, as published
-            (another frozen model is kept for it); `policy`: as it is now; `chosen` or `rejected`: those of the data.
+        answers: whose answers the advantage is expected on. `start`: those that the policy gives as it starts, as
+            published (another frozen model is kept for it); `policy`: as it is now; `chosen` or `rejected`: of the data.
         gamma: weight of the advantage; 1.5 was best in the paper, above 3 it overshot.
-        beta: of the teacher's DPO run, scales the advantage; the released code leaves it to gamma. Only the product counts.
+        beta: of the teacher's DPO run, scales the advantage; the released code leaves it to gamma. The product counts.
         sft_weight: of cross-entropy on the chosen answers; 1 as published.
-        on_policy: how answers are sampled, with `start` and `policy`. Micro-batches that are not (`student_fraction` below
-            1) take the chosen ones. Greedy by default, as released.
+        on_policy: how answers are sampled, with `start` and `policy`; greedily by default, as released. Micro-batches
+            that are not sampled (`student_fraction` below 1) take the chosen answers.
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabularies.

@@ -26,9 +26,9 @@ _FORWARD_KL = Divergence(name="forward_kl", temperature=1.0)
 class DCKD(PreferenceDistillation):
     """Distil a teacher that was aligned with DPO, on the chosen and on the rejected answers.
 
-    Loss: cross-entropy of the chosen answers + chosen_weight KL(teacher || policy) on them + rejected_weight the same on the
-    rejected ones, each a mean over the tokens of its side in the whole optimizer step. There is no preference term: that
-    the teacher is aligned is all that the policy sees of it. Dropout is off.
+    Loss: cross-entropy of the chosen answers + chosen_weight KL(teacher || policy) on them + rejected_weight the same on
+    the rejected ones, each a mean over the tokens of its side in the whole optimizer step. There is no preference term:
+    that the teacher is aligned is all that the policy sees of it. Dropout is off.
 
     Args:
         student: the policy that is trained, usually smaller than the teacher.

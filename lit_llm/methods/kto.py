@@ -24,16 +24,17 @@ from lit_llm.models.language_model import ModelSpec
 class KTO(PreferenceMethod):
     """Make good answers more likely and bad ones less, measured from how far the policy went as a whole.
 
-    Loss of a good answer: desirable_weight sigmoid(beta (z_0 - d)), of a bad one undesirable_weight sigmoid(beta (d - z_0)),
-    with d its log-ratio to the reference; the mean over all answers of the optimizer step. z_0 is the mean of d over the
-    step's prompts with answers to other prompts, all accumulation steps and ranks together, at least 0 and without a gradient.
-    It is found by one more forward pass before the step, so that another split of a batch changes nothing. Dropout is off.
+    Loss of a good answer: desirable_weight sigmoid(beta (z_0 - d)), of a bad one undesirable_weight sigmoid(beta (d -
+    z_0)), with d its log-ratio to the reference; the mean over all answers of the optimizer step. z_0 is the mean of d
+    over the step's prompts with answers to other prompts, all accumulation steps and ranks together, at least 0 and
+    without a gradient. It is found by one more forward pass before the step, so that another split of a batch changes
+    nothing. Dropout is off.
 
     Args:
         student: the policy that is trained.
         beta: scales log-ratios: how far the policy may go from the reference.
-        desirable_weight: of good answers. The paper wants desirable_weight times the number of good answers to be 1 to 4/3 of
-            undesirable_weight times that of the bad ones.
+        desirable_weight: of good answers. The paper wants desirable_weight times the number of good answers to be 1 to
+            4/3 of undesirable_weight times that of the bad ones.
         undesirable_weight: of bad answers.
         reference: the frozen model, asked once and kept in the cache; None: the policy as it starts.
         optimization: optimizer and schedule.
