@@ -20,17 +20,17 @@ from lit_llm.losses.preference import mean_by_sequence, sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
-from lit_llm.methods.distillation import same_tokenizer
-from lit_llm.methods.on_policy import OnPolicy, Rollouts
-from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
+from lit_llm.methods.on_policy import OnPolicy
+from lit_llm.methods.preference import sums_of_answers
+from lit_llm.methods.preference_distillation import PreferenceDistillation
 from lit_llm.methods.token_view import TokenView
-from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.language_model import ModelSpec
 
 _LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
 _PER_TOKEN = ("alpha", "tvd", "beta", "expected_reward", "kl_dpo", "kl_other", "entropy", "teacher_entropy")
 
 
-class AlignDistil(PreferenceMethod):
+class AlignDistil(PreferenceDistillation):
     """Distil a policy from the distribution that lies beyond a DPO model, away from a reverse-DPO model.
 
     Loss of a token: beta_t KL(policy || teacher) over the whole vocabulary, with teacher and beta_t as in `combination`
@@ -55,7 +55,6 @@ class AlignDistil(PreferenceMethod):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
-    reference_parts = ("validation", "test")
     teacher_words = "DPO model"
 
     def __init__(
@@ -72,53 +71,19 @@ class AlignDistil(PreferenceMethod):
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
     ) -> None:
-        super().__init__(student, None, optimization, generation, loss_chunk)
-        for name, spec in {"dpo": dpo, "other": other}.items():
-            if spec.lora is not None:
-                raise ValueError(
-                    f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
-                    "out: a model trained with adapters is exported with them merged."
-                )
+        super().__init__(student, {"dpo": dpo, "other": other}, on_policy, optimization, generation, loss_chunk)
         self.dpo_spec, self.other_spec, self.combination = dpo, other, combination
         self.form, self.reduction, self.watch_start = form, reduction, watch_start
-        self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
-        self.frozen_other: Frozen | None = None
-        self.frozen_start: Frozen | None = None
         self.view = self._new_view()
-        self._frozen_log_probs: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    # ---------------------------------------------------------------- models
-
-    def configure_model(self) -> None:
-        if self.frozen_other is None:
-            self._check_tokenizers()
-        super().configure_model()
-        if self.frozen_other is None:
-            self.frozen_teacher, self.frozen_other = Frozen(self.dpo_spec.load()), Frozen(self.other_spec.load())
-            if self.watch_start:
-                self.frozen_start = Frozen(self.student_spec.load())
 
     @property
-    def other(self) -> LanguageModel:
-        return self.frozen_other.model
-
-    def _check_tokenizers(self) -> None:
-        for name, spec in {"dpo": self.dpo_spec, "other": self.other_spec}.items():
-            if not same_tokenizer(self.student_tokenizer, spec.load_tokenizer()):
-                raise ValueError(
-                    f"model.{name} ({spec.source}) has another tokenizer than model.student ({self.student_spec.source}), "
-                    "but AlignDistil compares the models column by column. Take models that started from one."
-                )
+    def keeps_start(self) -> bool:
+        return self.watch_start
 
     # -------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        tokens, step_tokens = batch.chosen, batch.step_tokens
-        if self.rollouts is not None:
-            compared = self.rollouts.compared(batch)
-            step_tokens = compared.tokens
-            self.log("train/on_policy", float(compared.sampled), batch_size=1)
-            tokens = compared.batch.student if compared.sampled else tokens
+        tokens, step_tokens = self.learned_on(batch)
         samples = len(batch.examples)
         weights = sample_weights(tokens.sequence_T, samples, self.reduction)
         count = step_tokens if self.reduction == "token_mean" else batch.step_pairs
@@ -192,21 +157,13 @@ class AlignDistil(PreferenceMethod):
         self.log_means(stage, {"tvd_below_0.01": (terms.tvd_T < 0.01).sum()}, tokens.num_supervised)
         if self.frozen_start is not None:
             self.log_means(stage, {"kl_start": self._kl_to_start(tokens)}, tokens.num_supervised)
-        dpo_T, other_T = self._of_frozen(batch, stage)
+        dpo_T, other_T = self.of_frozen(batch, stage)
         self._log_rewards(batch, stage, dpo_T, other_T)
 
         self.view.add({"alpha": terms.alpha_T, "tvd": terms.tvd_T})
         reward_T = self.combination.dpo_beta * (dpo_T - other_T)[: tokens.num_supervised]
         scores = {"alpha": terms.alpha_T, "reward": reward_T, "kl_dpo": terms.kl_dpo_T}
         self.view.add_answers(batch.examples, tokens, self.student_tokenizer, scores)
-
-    def _of_frozen(self, batch: PreferenceBatch, stage: str) -> tuple[Tensor, Tensor]:
-        """(T,) each: log-probabilities of the tokens of all answers under the two frozen models, which are asked once."""
-        key = (stage, batch.examples)
-        if key not in self._frozen_log_probs:
-            frozen = (self.teacher, self.other)
-            self._frozen_log_probs[key] = tuple(self.answer_token_log_probs(model, batch) for model in frozen)
-        return self._frozen_log_probs[key]
 
     def _log_rewards(self, batch: PreferenceBatch, stage: str, dpo_T: Tensor, other_T: Tensor) -> None:
         beta, start_2B = self.combination.dpo_beta, batch.reference_B2.T
@@ -217,9 +174,7 @@ class AlignDistil(PreferenceMethod):
             "contrastive_": dpo_2B - other_2B,
         }
         for name, reward_2B in rewards.items():
-            margin_B = beta * (reward_2B[0] - reward_2B[1])
-            sums = {f"{name}reward_margin": margin_B.sum(), f"{name}reward_accuracy": (margin_B > 0).sum()}
-            self.log_means(stage, sums, len(margin_B))
+            self.log_order(stage, name, beta * reward_2B)
 
     def _new_view(self) -> TokenView:
         return TokenView(("alpha", "tvd"), self.generation.shown)
@@ -246,13 +201,9 @@ class AlignDistil(PreferenceMethod):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self._show_tokens("val")
-        if self.rollouts is not None and not self.trainer.sanity_checking:
-            batch = self.rollouts.of_validation()
-            if batch is not None:
-                self._evaluate_sampled(batch.student)
         super().on_validation_epoch_end()
 
-    def _evaluate_sampled(self, tokens: TokenBatch) -> None:
+    def evaluate_sampled(self, tokens: TokenBatch) -> None:
         """Rewards, divergences and lengths of answers that the policy samples to validation prompts."""
         samples = len(tokens.length_B)
         terms = self.compared(tokens, torch.ones_like(tokens.target_T, dtype=torch.float32))
@@ -273,9 +224,6 @@ class AlignDistil(PreferenceMethod):
             self.log(f"val/sampled_{name}", sum_by_sequence(value_T, tokens.sequence_T, samples).mean())
         if self.frozen_start is not None:
             self.log("val/sampled_kl_start_of_answer", self._kl_to_start(tokens) / samples)
-        self.log("val/sampled_tokens", tokens.num_supervised / samples)
-        ended = (tokens.target_T == self.student_tokenizer.eos_token_id).sum() / samples
-        self.log("val/sampled_cut", 1 - ended)
 
     def _kl_to_start(self, tokens: TokenBatch) -> Tensor:
         """KL(policy || start), summed over tokens."""
@@ -292,18 +240,6 @@ class AlignDistil(PreferenceMethod):
             chunk_size=self.loss_chunk,
         )
         return terms.kd
-
-    # ---------------------------------------------------------------- resume
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.rollouts is not None:
-            checkpoint["lit_llm"]["rollouts"] = self.rollouts.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.rollouts is not None:
-            self.rollouts.load_state(checkpoint["lit_llm"].get("rollouts", {}))
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "rule": self.combination.rule, "slope": self.combination.slope}
