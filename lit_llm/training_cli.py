@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
+from lit_llm.checkpoint_io import stream_checkpoints
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.preferences import Preferences  # noqa: F401  makes the short name known
 from lit_llm.losses.logit_gradient import compile_elementwise
@@ -197,7 +198,9 @@ class TrainingCLI(LightningCLI):
         )
         kwargs["callbacks"] = (settings.get("callbacks") or []) + callbacks
         if self.subcommand != "plan":
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            stream_checkpoints(trainer)
+            return trainer
         # a plan for eight GPUs can be made on a laptop
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         trainer = super().instantiate_trainer(**{**kwargs, **here, "logger": False, "profiler": None})
@@ -225,7 +228,7 @@ class TrainingCLI(LightningCLI):
 
 def _planned(settings, trainer: Trainer):
     """The part of the trainer's config that a plan depends on."""
-    from lit_llm.planning.plan import Setup
+    from lit_llm.planning.tokens import Setup
 
     accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
     counts = {name: settings.get(name) or 1 for name in ("devices", "num_nodes")}
