@@ -23,9 +23,10 @@ def advice_on(plan: Plan, method: Method, loss: LossCost) -> list[str]:
         )
     elif teacher:
         advice.append("The data is read at most once, so a store of the teacher's states would save nothing.")
-    if loss.forward_peak - loss.kept > 0.25 * plan.peak_bytes:
+    logits = loss.forward_peak - loss.kept + loss.scratch
+    if logits > 0.25 * plan.peak_bytes:
         advice.append(
-            f"The logits of a chunk take {gib(loss.forward_peak - loss.kept)} of the peak. Set model.loss_chunk to half "
+            f"The logits of a chunk take {gib(logits)} of the peak. Set model.loss_chunk to half "
             "the supervised tokens of a micro-batch or less."
         )
     states = plan.always.get("optimizer states", 0) + plan.always["student weights"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -146,7 +146,9 @@ class FakeModel:
         """(T, D)"""
         if tokens.branch_RL is None:  # where packed sequences begin is found by looking at numbers
             tokens = replace(tokens, position_ids_RL=None)
-        return _InShapes(self.model).hidden(tokens)
+        names = (field.name for field in fields(tokens) if isinstance(getattr(tokens, field.name), torch.Tensor))
+        in_shapes = {name: torch.zeros_like(getattr(tokens, name)) for name in names}
+        return _InShapes(self.model).hidden(replace(tokens, **in_shapes))
 
 
 class _InShapes(LanguageModel):

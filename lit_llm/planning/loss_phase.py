@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llm.data.batch import PreferenceBatch, TokenBatch
 from lit_llm.losses.head import Head
-from lit_llm.losses.scratch import release_scratch
+from lit_llm.losses.scratch import release_scratch, scratch_bytes
 from lit_llm.methods.base import Method
 from lit_llm.models.language_model import Frozen
 from lit_llm.planning.bodies import FakeModel, Precision
@@ -31,13 +31,14 @@ _NARROW = 16  # of the wider of the two models, at the first of the two widths
 
 @dataclass(frozen=True)
 class LossCost:
-    """Of one micro-batch.
+    """Of one micro-batch. What is kept from one step to the next is counted apart.
 
     Attributes:
         forward_peak: bytes at the highest point of the forward pass.
         kept: bytes that wait for the backward pass: gradients of heads and hidden states.
         backward_peak: bytes at the highest point until the gradient has reached the hidden states.
         left: bytes afterwards: the head's gradient.
+        scratch: bytes kept for the logits of the next step.
         flops: of the products with the heads, forward and backward.
     """
 
@@ -45,6 +46,7 @@ class LossCost:
     kept: int
     backward_peak: int
     left: int
+    scratch: int
     flops: int
 
 
@@ -110,7 +112,8 @@ def loss_cost(method: Method, cast: Cast, batch: Batch, precision: Precision, ev
 
 def _measured(
     method: Method, cast: Cast, widths: list[int], batch: Batch, precision: Precision, evaluate: bool
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, ...]:
+    """The fields of `LossCost`."""
     release_scratch()  # what a loss keeps for its next chunk is part of what it takes
     with _silence():
         twin = _twin(method, cast, widths)
@@ -118,13 +121,15 @@ def _measured(
             if evaluate:
                 with torch.no_grad():
                     twin.evaluate(batch, "val")
-                return live.peak, 0, 0, 0, counter.get_total_flops()
+                kept = scratch_bytes()
+                return live.peak - kept, 0, 0, 0, kept, counter.get_total_flops()
             loss = twin.training_step(batch, 0)
-            forward_peak, kept = live.peak, live.now
+            forward = live.peak, live.now
             live.begin()
             loss.backward()
             del loss
-            return forward_peak, kept, live.peak, live.now, counter.get_total_flops()
+            kept = scratch_bytes()
+            return *(size - kept for size in (*forward, live.peak, live.now)), kept, counter.get_total_flops()
 
 
 def _twin(method: Method, cast: Cast, widths: list[int]) -> Method:

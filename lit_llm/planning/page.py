@@ -32,7 +32,7 @@ def page(plan: Plan) -> str:
         lines.append(f"  {'during ' + phase:<44}{gib(size):>16}{mark}")
     lines.append(f"  {'total at the peak':<44}{gib(plan.peak_bytes):>16}")
     if plan.store_bytes is not None:
-        lines += ["", f"  {'a store of the teacher (bf16), one epoch':<44}{gib(plan.store_bytes):>16}"]
+        lines += ["", f"  {'a store of the frozen models (bf16), one epoch':<44}{gib(plan.store_bytes):>16}"]
     lines += ["", "Advice", *(f"- {sentence}" for sentence in plan.advice)]
     lines += ["", "Not counted", *(f"- {note}" for note in plan.notes)] if plan.notes else []
     return "\n".join(lines)

@@ -4,12 +4,14 @@ Peak memory of a process is what always stays (framework, weights, gradients, op
 highest of the phases of a step. Lightning drops the old gradients just before the backward pass, so they are there
 during the forward pass: that is usually the peak.
 
-    teacher    the teacher's forward pass
-    forward    activations of the student
-    loss       activations and the loss, chunk by chunk
-    backward   activations that go, gradients that come; the old gradients are gone
-    optimizer  temporaries of AdamW
-    evaluation both models without gradients on an evaluation batch
+    teacher, reference, ...  forward passes of the frozen models
+    forward                  activations of the student
+    loss                     activations and the loss, chunk by chunk
+    backward                 activations that go, gradients that come; the old gradients are gone
+    optimizer                temporaries of AdamW
+    evaluation               all models without gradients on an evaluation batch
+    export                   the trained model is written and read back
+    asking the reference     log-probabilities under the reference, before there are gradients and optimizer states
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lit_llm.methods.align_distil import AlignDistil
 from lit_llm.methods.base import Method
 from lit_llm.methods.distillation import Distillation
 from lit_llm.planning.advice import advice_on
@@ -36,11 +39,11 @@ class Plan:
 
     Attributes:
         parameters: part -> (parameters, of them trained).
-        flops: part -> FLOPs per real student token.
+        flops: part -> FLOPs per real token of the data: the student's, of pairs both sides.
         tokens: data and steps.
         always: part -> bytes that stay through the whole run.
         phases: phase -> bytes beside `always` at its highest point.
-        store_bytes: size of a store of bf16 hidden states of the teacher; None without a teacher.
+        store_bytes: size of a store of bf16 hidden states of the frozen models, one epoch; None where there is none.
         notes: what the figures leave out.
         advice: plain sentences.
     """
@@ -92,18 +95,21 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
     always["projectors, their gradients, closed form"] = 2 * projectors.trained_bytes + projectors.buffer_bytes
     if isinstance(method, Distillation):
         always["teacher states kept for evaluation"] = _evaluation_cache(datamodule, cast)
+    always["logits, kept for the next step"] = cost.loss.scratch
     phases = _phases(cost, trained, cast.student.largest_trained_bytes())
     if (evaluated := largest(batches_of(datamodule.val_dataloader()))) is not None:
-        phases["evaluation"] = _evaluation(method, cast, evaluated, precision)
+        phases["evaluation"] = _evaluation(method, cast, evaluated, precision, cost.loss.scratch)
+    phases["export"] = cast.student.weight_bytes() * (1 if method.student_spec.lora is None else 2)
     if cast.asks:
-        phases["reference"] = _asking(method, cast, batch, precision, not_yet=trained + always["optimizer states"])
+        not_yet = trained + always["optimizer states"] + cost.loss.scratch
+        phases["asking the reference"] = _asking(method, cast, batch, precision, not_yet)
     plan = Plan(
         parameters=_parameters(cast, projectors),
         flops=_flops(cost, cast, batch, projectors, tokens),
         tokens=tokens,
         always={part: size for part, size in always.items() if size},
         phases=phases,
-        store_bytes=_store_bytes(cast, tokens),
+        store_bytes=_store_bytes(cast, tokens) if isinstance(method, (Distillation, AlignDistil)) else None,
         notes=setup.notes,
     )
     return replace(plan, advice=advice_on(plan, method, cost.loss))
@@ -177,15 +183,15 @@ def _phases(cost: _Cost, gradients: int, largest_trained: int) -> dict[str, int]
     return phases
 
 
-def _evaluation(method: Method, cast: Cast, batch: Batch, precision: Precision) -> int:
-    """All models over a batch without gradients, one after the other, then the loss."""
+def _evaluation(method: Method, cast: Cast, batch: Batch, precision: Precision, scratch: int) -> int:
+    """All models over a batch without gradients, one after the other, then the loss, beside the scratch of training."""
     peak, held = 0, 0
     for role in cast.frozen.values():
         body = role.model.cost((role.evaluates or role.reads)(role.model, batch), train=False)
         peak, held = max(peak, held + body.forward_peak), held + body.kept
     student = cast.student.cost(cast.evaluates(cast.student, batch), train=False)
     loss = loss_cost(method, cast, batch, precision, evaluate=True)
-    return max(peak, held + student.forward_peak, held + loss.forward_peak)
+    return max(peak, held + student.forward_peak, held + loss.forward_peak + max(loss.scratch - scratch, 0))
 
 
 def _asking(method: Method, cast: Cast, batch: Batch, precision: Precision, not_yet: int) -> int:
@@ -194,7 +200,7 @@ def _asking(method: Method, cast: Cast, batch: Batch, precision: Precision, not_
     extra = 0 if cast.asked_once is None else model.weight_bytes()
     body = model.cost(pairs(model, batch), train=False)
     loss = loss_cost(method, cast, batch, precision, evaluate=True)
-    return max(extra + max(body.forward_peak, body.kept + loss.forward_peak) - not_yet, 0)
+    return max(extra + max(body.forward_peak, body.kept + loss.forward_peak + loss.scratch) - not_yet, 0)
 
 
 def _evaluation_cache(datamodule: Any, cast: Cast) -> int:

@@ -138,14 +138,14 @@ def test_a_reference_of_its_own_is_there_before_training_only(tmp_path, capsys):
     reference = f"--model.init_args.reference.source={tmp_path / 'teacher'}"
     alone, beside = planned(config, capsys), planned(config, capsys, reference)
     assert alone["always"].keys() == beside["always"].keys()
-    assert beside["phases"]["reference"] > alone["phases"]["reference"]
+    assert beside["phases"]["asking the reference"] > alone["phases"]["asking the reference"]
 
 
 def test_the_page_names_the_parts_and_the_advice(tmp_path, capsys):
     config = tiny_config(tmp_path, "dskd", max_steps=12)
     main(["plan", "--config", str(config)])
     shown = capsys.readouterr().out
-    for text in ("student body", "FLOPs per token", "<- the peak", "a store of the teacher", "Advice", "supervised"):
+    for text in ("student body", "FLOPs per token", "<- the peak", "a store of the frozen models", "Advice", "supervised"):
         assert text in shown
     assert "A store of its hidden states" in shown  # two epochs
 
