@@ -14,7 +14,7 @@ from lit_llm.models.adapters import Lora
 from lit_llm.models.language_model import LanguageModel, ModelSpec
 from lit_llm.planning.bodies import FakeModel, Precision
 from lit_llm.planning.live_bytes import LiveBytes
-from tests.tiny import byte_level_tokenizer, tiny_model_folder
+from tests.tiny import tiny_model_folder
 from tests.tiny_runs import METHODS, fit, tiny_config
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
@@ -145,7 +145,14 @@ def test_the_page_names_the_parts_and_the_advice(tmp_path, capsys):
     config = tiny_config(tmp_path, "dskd", max_steps=12)
     main(["plan", "--config", str(config)])
     shown = capsys.readouterr().out
-    for text in ("student body", "FLOPs per token", "<- the peak", "a store of the frozen models", "Advice", "supervised"):
+    for text in (
+        "student body",
+        "FLOPs per token",
+        "<- the peak",
+        "a store of the frozen models",
+        "Advice",
+        "supervised",
+    ):
         assert text in shown
     assert "A store of its hidden states" in shown  # two epochs
 
