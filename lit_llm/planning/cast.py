@@ -60,21 +60,30 @@ class Cast:
     asks: bool = False
 
 
+def check_known(method: Method) -> None:
+    """See that a plan knows how the method runs its models.
+
+    Raises:
+        ValueError: it does not.
+    """
+    # a subclass of these may do as it likes with its models, a distillation has one teacher
+    if type(method) not in (SFT, DPO, AlignDistil) and not isinstance(method, Distillation):
+        raise ValueError(
+            f"plan does not know how {type(method).__name__} runs its models yet. Run it with --trainer.max_steps=2 and "
+            "read throughput/peak_memory_gb in metrics.csv."
+        )
+
+
 def cast_of(method: Method, precision: Precision) -> Cast:
     """The models of a method, in shapes.
 
     Raises:
-        ValueError: a model's config cannot be had; or nothing is known of how this method runs its models.
+        ValueError: a model's config cannot be had.
     """
     if isinstance(method, AlignDistil):
         return _align_distil(method, precision)
     if isinstance(method, DPO):
         return _dpo(method, precision)
-    if type(method) is not SFT and not isinstance(method, Distillation):
-        raise ValueError(
-            f"plan does not know how {type(method).__name__} runs its models yet. Run it with --trainer.max_steps=2 and "
-            "read throughput/peak_memory_gb in metrics.csv."
-        )
     frozen = {}
     if isinstance(method, Distillation):
         frozen["teacher"] = FrozenRole(FakeModel(method.teacher_spec, precision), "frozen_teacher", _teacher_side)

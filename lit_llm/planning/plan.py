@@ -24,7 +24,7 @@ from lit_llm.methods.base import Method
 from lit_llm.methods.distillation import Distillation
 from lit_llm.planning.advice import advice_on
 from lit_llm.planning.bodies import BodyCost, FakeModel, Precision
-from lit_llm.planning.cast import Batch, Cast, cast_of, pairs
+from lit_llm.planning.cast import Batch, Cast, cast_of, check_known, pairs
 from lit_llm.planning.loss_phase import LossCost, loss_cost
 from lit_llm.planning.process import framework_bytes
 from lit_llm.planning.tokens import Setup, Tokens, batches_of, counted, largest
@@ -81,9 +81,10 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
     Raises:
         ValueError: a model's config cannot be had, or the run has no end, or nothing is known of the method.
     """
+    check_known(method)
+    framework = 0 if setup.on_gpu else framework_bytes(method)  # before anything that a run does without
     precision = Precision.named(setup.precision)
     cast = cast_of(method, precision)
-    framework = 0 if setup.on_gpu else framework_bytes(method)
     tokens, batch = counted(datamodule.train_dataloader(), setup, cast)
     cost = _Cost.of(method, cast, batch, precision)
     projectors = _Projectors.of(method, cast)
