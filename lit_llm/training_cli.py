@@ -228,6 +228,7 @@ class TrainingCLI(LightningCLI):
 
 def _planned(settings, trainer: Trainer):
     """The part of the trainer's config that a plan depends on."""
+    from lit_llm.planning.process import keeps_freed_blocks
     from lit_llm.planning.tokens import Setup
 
     accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
@@ -240,11 +241,6 @@ def _planned(settings, trainer: Trainer):
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if on_gpu:
         notes.append("the GPU's own context and the allocator's slack; figures are those of the CPU's kernels")
-    if not on_gpu and sys.platform == "linux":
-        notes.append(
-            "what glibc keeps of freed memory: about 25% more was measured; MALLOC_MMAP_THRESHOLD_=131072 in the "
-            "environment of the run avoids it (docs/plan.md)"
-        )
     return Setup(
         precision=settings.get("precision"),
         accumulate=trainer.accumulate_grad_batches,
@@ -252,6 +248,7 @@ def _planned(settings, trainer: Trainer):
         max_epochs=trainer.max_epochs,
         processes=math.prod(int(value) if str(value).isdigit() else 1 for value in counts.values()),
         on_gpu=on_gpu,
+        keeps_freed=not on_gpu and keeps_freed_blocks(),
         notes=notes,
     )
 

@@ -48,6 +48,20 @@ def advice_on(plan: Plan, method: Method, loss: LossCost) -> list[str]:
     return advice or ["Nothing stands out."]
 
 
+def not_counted(method: Method) -> list[str]:
+    """Parts of a run of this method that the figures leave out."""
+    notes = []
+    if method.generation.prompts:
+        notes.append("keys and values of the answers that are generated in an evaluation (model.generation)")
+    if getattr(method, "rollouts", None) is not None:
+        notes.append("the sampling of the student's own answers; in the loss, the data's answers stand for them")
+    if getattr(method, "store", None) is not None:
+        notes.append(
+            "that frozen models are neither run nor held once the store is complete: this is the run that writes it"
+        )
+    return notes
+
+
 def gib(size: float | None) -> str:
     size = size or 0
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

@@ -22,7 +22,7 @@ from typing import Any
 from lit_llm.methods.align_distil import AlignDistil
 from lit_llm.methods.base import Method
 from lit_llm.methods.distillation import Distillation
-from lit_llm.planning.advice import advice_on
+from lit_llm.planning.advice import advice_on, not_counted
 from lit_llm.planning.bodies import BodyCost, FakeModel, Precision
 from lit_llm.planning.cast import Batch, Cast, cast_of, check_known, pairs
 from lit_llm.planning.loss_phase import LossCost, loss_cost
@@ -31,6 +31,7 @@ from lit_llm.planning.tokens import Setup, Tokens, batches_of, counted, largest
 
 _EVALUATION_CACHE_BYTES = 512 * 2**20
 _STORE_BYTES = 2  # bf16
+_KEPT_SHARE = 0.5  # of the activations: measured, docs/plan.md
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
     if isinstance(method, Distillation):
         always["teacher states kept for evaluation"] = _evaluation_cache(datamodule, cast)
     always["logits, kept for the next step"] = cost.loss.scratch
+    always["freed blocks that glibc keeps"] = round(_KEPT_SHARE * cost.student.kept) if setup.keeps_freed else 0
     phases = _phases(cost, trained, cast.student.largest_trained_bytes())
     if (evaluated := largest(batches_of(datamodule.val_dataloader()))) is not None:
         phases["evaluation"] = _evaluation(method, cast, evaluated, precision, cost.loss.scratch)
@@ -111,7 +113,7 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
         always={part: size for part, size in always.items() if size},
         phases=phases,
         store_bytes=_store_bytes(cast, tokens) if isinstance(method, (Distillation, AlignDistil)) else None,
-        notes=setup.notes,
+        notes=[*setup.notes, *not_counted(method)],
     )
     return replace(plan, advice=advice_on(plan, method, cost.loss))
 

@@ -53,6 +53,7 @@ class Setup:
         max_epochs: None or -1: no limit.
         processes: devices times nodes.
         on_gpu: the run is meant for a GPU, whose memory does not hold the framework.
+        keeps_freed: the C library keeps freed blocks of the size of activations.
         notes: what was assumed.
     """
 
@@ -62,6 +63,7 @@ class Setup:
     max_epochs: int | None
     processes: int
     on_gpu: bool
+    keeps_freed: bool = False
     notes: list[str] = field(default_factory=list)
 
 
