@@ -39,6 +39,7 @@ class LossCost:
         backward_peak: bytes at the highest point until the gradient has reached the hidden states.
         left: bytes afterwards: the head's gradient.
         scratch: bytes kept for the logits of the next step.
+        large: bytes of an evaluation that large blocks take at their highest point.
         flops: of the products with the heads, forward and backward.
     """
 
@@ -47,6 +48,7 @@ class LossCost:
     backward_peak: int
     left: int
     scratch: int
+    large: int
     flops: int
 
 
@@ -122,14 +124,14 @@ def _measured(
                 with torch.no_grad():
                     twin.evaluate(batch, "val")
                 kept = scratch_bytes()
-                return live.peak - kept, 0, 0, 0, kept, counter.get_total_flops()
+                return live.peak - kept, 0, 0, 0, kept, max(live.large_peak - kept, 0), counter.get_total_flops()
             loss = twin.training_step(batch, 0)
             forward = live.peak, live.now
             live.begin()
             loss.backward()
             del loss
             kept = scratch_bytes()
-            return *(size - kept for size in (*forward, live.peak, live.now)), kept, counter.get_total_flops()
+            return *(size - kept for size in (*forward, live.peak, live.now)), kept, 0, counter.get_total_flops()
 
 
 def _twin(method: Method, cast: Cast, widths: list[int]) -> Method:

@@ -25,6 +25,7 @@ from lit_llm.methods.distillation import Distillation
 from lit_llm.planning.advice import advice_on, not_counted
 from lit_llm.planning.bodies import BodyCost, FakeModel, Precision
 from lit_llm.planning.cast import Batch, Cast, cast_of, check_known, pairs
+from lit_llm.planning.live_bytes import LARGE
 from lit_llm.planning.loss_phase import LossCost, loss_cost
 from lit_llm.planning.process import framework_bytes
 from lit_llm.planning.tokens import Setup, Tokens, batches_of, counted, largest
@@ -91,24 +92,24 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
     projectors = _Projectors.of(method, cast)
 
     trained = cast.student.weight_bytes(trained_only=True)
-    always = {"framework": framework, "student weights": cast.student.weight_bytes(), "student gradients": trained}
-    always["optimizer states"] = 2 * (trained + projectors.trained_bytes)
-    always |= {f"{name} weights": role.model.weight_bytes() for name, role in cast.frozen.items()}
-    always["projectors, their gradients, closed form"] = 2 * projectors.trained_bytes + projectors.buffer_bytes
+    activations = cost.student.kept if setup.keeps_freed else 0
+    always = {"framework": framework, **_always(cast, cost, projectors)}
     if isinstance(method, Distillation):
         always["teacher states kept for evaluation"] = _evaluation_cache(datamodule, cast)
-    always["logits, kept for the next step"] = cost.loss.scratch
-    always["freed blocks that glibc keeps"] = round(_KEPT_SHARE * cost.student.kept) if setup.keeps_freed else 0
-    phases = _phases(cost, trained, cast.student.largest_trained_bytes())
+    always["freed blocks that glibc keeps"] = round(_KEPT_SHARE * activations)
+    phases = _phases(cost, trained, cast.student.largest_trained_bytes(), activations)
     if (evaluated := largest(batches_of(datamodule.val_dataloader()))) is not None:
-        phases["evaluation"] = _evaluation(method, cast, evaluated, precision, cost.loss.scratch)
+        phases["evaluation"] = _evaluation(method, cast, evaluated, precision, cost.loss.scratch, activations)
     phases["export"] = cast.student.weight_bytes() * (1 if method.student_spec.lora is None else 2)
+    flops = _flops(cost, cast, batch, projectors, tokens)
     if cast.asks:
         not_yet = trained + always["optimizer states"] + cost.loss.scratch
-        phases["asking the reference"] = _asking(method, cast, batch, precision, not_yet)
+        phases["asking the reference"], asking_flops = _asking(method, cast, batch, precision, not_yet)
+        if "train" in method.reference_parts:
+            flops["asking the reference, once"] = asking_flops / batch.num_tokens / tokens.epochs
     plan = Plan(
         parameters=_parameters(cast, projectors),
-        flops=_flops(cost, cast, batch, projectors, tokens),
+        flops=flops,
         tokens=tokens,
         always={part: size for part, size in always.items() if size},
         phases=phases,
@@ -172,8 +173,21 @@ class _Projectors:
         )
 
 
-def _phases(cost: _Cost, gradients: int, largest_trained: int) -> dict[str, int]:
-    """Bytes beside what always stays, at the highest point of each phase."""
+def _always(cast: Cast, cost: _Cost, projectors: _Projectors) -> dict[str, int]:
+    """Bytes that stay from the first optimizer step on."""
+    trained = cast.student.weight_bytes(trained_only=True)
+    always = {"student weights": cast.student.weight_bytes(), "student gradients": trained}
+    always["optimizer states"] = 2 * (trained + projectors.trained_bytes)
+    always |= {f"{name} weights": role.model.weight_bytes() for name, role in cast.frozen.items()}
+    always["projectors, their gradients, closed form"] = 2 * projectors.trained_bytes + projectors.buffer_bytes
+    return always | {"logits, kept for the next step": cost.loss.scratch}
+
+
+def _phases(cost: _Cost, gradients: int, largest_trained: int, activations: int) -> dict[str, int]:
+    """Bytes beside what always stays, at the highest point of each phase.
+
+    The place of the activations stays taken where glibc keeps it; large blocks do not fit in there.
+    """
     phases, held, body, loss = {}, 0, cost.student, cost.loss
     for name, frozen in cost.frozen.items():
         phases[name] = held + frozen.forward_peak
@@ -182,11 +196,12 @@ def _phases(cost: _Cost, gradients: int, largest_trained: int) -> dict[str, int]
     phases["loss"] = held + body.kept + loss.forward_peak
     in_head, in_body = body.kept + loss.backward_peak, body.backward_peak + loss.left
     phases["backward"] = held + max(in_head, in_body) - gradients
-    phases["optimizer"] = 2 * largest_trained
+    temporaries = 2 * largest_trained
+    phases["optimizer"] = activations + temporaries if largest_trained >= LARGE else max(activations, temporaries)
     return phases
 
 
-def _evaluation(method: Method, cast: Cast, batch: Batch, precision: Precision, scratch: int) -> int:
+def _evaluation(method: Method, cast: Cast, batch: Batch, precision: Precision, scratch: int, activations: int) -> int:
     """All models over a batch without gradients, one after the other, then the loss, beside the scratch of training."""
     peak, held = 0, 0
     for role in cast.frozen.values():
@@ -194,16 +209,19 @@ def _evaluation(method: Method, cast: Cast, batch: Batch, precision: Precision, 
         peak, held = max(peak, held + body.forward_peak), held + body.kept
     student = cast.student.cost(cast.evaluates(cast.student, batch), train=False)
     loss = loss_cost(method, cast, batch, precision, evaluate=True)
-    return max(peak, held + student.forward_peak, held + loss.forward_peak + max(loss.scratch - scratch, 0))
+    more_scratch = max(loss.scratch - scratch, 0)
+    live = max(peak, held + student.forward_peak, held + loss.forward_peak + more_scratch)
+    return max(live, activations + loss.large + more_scratch)
 
 
-def _asking(method: Method, cast: Cast, batch: Batch, precision: Precision, not_yet: int) -> int:
-    """The reference over all pairs, before there are gradients and optimizer states."""
+def _asking(method: Method, cast: Cast, batch: Batch, precision: Precision, not_yet: int) -> tuple[int, int]:
+    """Bytes and FLOPs of the reference over a batch of pairs, before there are gradients and optimizer states."""
     model = cast.asked_once or cast.student
     extra = 0 if cast.asked_once is None else model.weight_bytes()
     body = model.cost(pairs(model, batch), train=False)
     loss = loss_cost(method, cast, batch, precision, evaluate=True)
-    return max(extra + max(body.forward_peak, body.kept + loss.forward_peak + loss.scratch) - not_yet, 0)
+    size = extra + max(body.forward_peak, body.kept + loss.forward_peak + loss.scratch) - not_yet
+    return max(size, 0), body.forward_flops + loss.flops
 
 
 def _evaluation_cache(datamodule: Any, cast: Cast) -> int:
