@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
+from lit_llm.checkpoint_io import stream_checkpoints
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.labelled_answers import LabelledAnswers  # noqa: F401  makes the short name known
 from lit_llm.data.preferences import Preferences  # noqa: F401  makes the short name known
@@ -198,7 +199,9 @@ class TrainingCLI(LightningCLI):
         )
         kwargs["callbacks"] = (settings.get("callbacks") or []) + callbacks
         if self.subcommand != "plan":
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
+            stream_checkpoints(trainer)
+            return trainer
         # a plan for eight GPUs can be made on a laptop
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         trainer = super().instantiate_trainer(**{**kwargs, **here, "logger": False, "profiler": None})
@@ -226,7 +229,8 @@ class TrainingCLI(LightningCLI):
 
 def _planned(settings, trainer: Trainer):
     """The part of the trainer's config that a plan depends on."""
-    from lit_llm.planning.plan import Setup
+    from lit_llm.planning.process import keeps_freed_blocks
+    from lit_llm.planning.tokens import Setup
 
     accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
     counts = {name: settings.get(name) or 1 for name in ("devices", "num_nodes")}
@@ -238,11 +242,6 @@ def _planned(settings, trainer: Trainer):
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if on_gpu:
         notes.append("the GPU's own context and the allocator's slack; figures are those of the CPU's kernels")
-    if not on_gpu and sys.platform == "linux":
-        notes.append(
-            "what glibc keeps of freed memory: about 25% more was measured; MALLOC_MMAP_THRESHOLD_=131072 in the "
-            "environment of the run avoids it (docs/plan.md)"
-        )
     return Setup(
         precision=settings.get("precision"),
         accumulate=trainer.accumulate_grad_batches,
@@ -250,6 +249,7 @@ def _planned(settings, trainer: Trainer):
         max_epochs=trainer.max_epochs,
         processes=math.prod(int(value) if str(value).isdigit() else 1 for value in counts.values()),
         on_gpu=on_gpu,
+        keeps_freed=not on_gpu and keeps_freed_blocks(),
         notes=notes,
     )
 

@@ -44,6 +44,11 @@ def release_scratch() -> None:
     _kept.__dict__.clear()
 
 
+def scratch_bytes() -> int:
+    """Size of the kept memory of this thread."""
+    return sum(buffer.nbytes for buffer in _kept.__dict__.get("buffers", {}).values())
+
+
 def best_tokens(logits_CV: Tensor) -> Tensor:
     """(C,) the first of the largest entries of each row, as `argmax`; ten times as fast on a CPU."""
     if logits_CV.device.type != "cpu" or logits_CV.dtype not in (torch.float32, torch.float64):

@@ -1,23 +1,26 @@
 """Models without weights: their parameters, the memory that their bodies take, and their FLOPs.
 
 The real transformers model runs on fake tensors, which have shapes and no numbers, so the figures are those of the real
-code for every architecture, with adapters and gradient checkpointing. Shapes: B sequences, L positions, T supervised.
+code for every architecture, with adapters and gradient checkpointing.
+
+Shapes: L positions, D width, T supervised positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_llm.data.batch import TokenBatch
 from lit_llm.models import sources
 from lit_llm.models.adapters import with_adapters
-from lit_llm.models.language_model import ModelSpec
+from lit_llm.models.language_model import LanguageModel, ModelSpec
 from lit_llm.planning.live_bytes import LiveBytes
 
 
@@ -59,7 +62,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class BodyCost:
-    """What one micro-batch takes, beside the weights.
+    """What the body takes over one micro-batch, beside the weights.
 
     Attributes:
         forward_peak: bytes at the highest point of the forward pass.
@@ -118,16 +121,18 @@ class FakeModel:
     def largest_trained_bytes(self) -> int:
         return max((p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad), default=0)
 
-    def cost(self, sequences: int, length: int, supervised: int, *, train: bool) -> BodyCost:
-        """Run the body forward, and backward where `train`, on a micro-batch of these sizes."""
+    def branches(self, tokens: TokenBatch) -> bool:
+        """Whether two answers share the run of their prompt."""
+        return _InShapes(self.model).branches(tokens)
+
+    def cost(self, runs: Sequence[TokenBatch], *, train: bool) -> BodyCost:
+        """Run the body over these tokens one after the other, and backward where `train`."""
         self.model.train(train)
         with _keeping_generators(), self.mode, torch.set_grad_enabled(train), self.precision.context():
-            ids_BL = torch.zeros((sequences, length), dtype=torch.int64)
-            position_T = torch.zeros(supervised, dtype=torch.int64)
             with FlopCounterMode(display=False) as counter, LiveBytes() as live:
-                grid_BLD = self.transformer.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-                hidden_TD = grid_BLD.flatten(0, 1)[position_T]
-                del grid_BLD
+                hidden = [self._hidden(tokens) for tokens in runs]
+                hidden_TD = torch.cat(hidden) if len(hidden) > 1 else hidden[0]
+                del hidden
                 forward_peak, kept, forward_flops = live.peak, live.now, counter.get_total_flops()
                 if not train:
                     return BodyCost(forward_peak, kept, 0, forward_flops, 0)
@@ -136,6 +141,22 @@ class FakeModel:
                 backward_flops = counter.get_total_flops() - forward_flops
             self.model.zero_grad(set_to_none=True)
         return BodyCost(forward_peak, kept, live.peak, forward_flops, backward_flops)
+
+    def _hidden(self, tokens: TokenBatch) -> torch.Tensor:
+        """(T, D)"""
+        if tokens.branch_RL is None:  # where packed sequences begin is found by looking at numbers
+            tokens = replace(tokens, position_ids_RL=None)
+        names = (field.name for field in fields(tokens) if isinstance(getattr(tokens, field.name), torch.Tensor))
+        in_shapes = {name: torch.zeros_like(getattr(tokens, name)) for name in names}
+        return _InShapes(self.model).hidden(replace(tokens, **in_shapes))
+
+
+class _InShapes(LanguageModel):
+    """The way from tokens to hidden states, without tokenizer and checks, which look at numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model, self._packing_unknown = model, False
 
 
 def _config(source: str):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lit_llm.planning.plan import Plan, _gib
+from lit_llm.planning.advice import gib
+from lit_llm.planning.plan import Plan
 
 
 def page(plan: Plan) -> str:
@@ -25,13 +26,13 @@ def page(plan: Plan) -> str:
     lines.append(f"  {'a step; the run':<44}{_si(plan.flops_per_step):>16}  {_si(plan.flops_per_step * tokens.steps)}")
     lines += ["", "Peak memory of a process"]
     for part, size in plan.always.items():
-        lines.append(f"  {part:<44}{_gib(size):>16}")
+        lines.append(f"  {part:<44}{gib(size):>16}")
     for phase, size in plan.phases.items():
         mark = "  <- the peak" if phase == plan.peak_phase else ""
-        lines.append(f"  {'during ' + phase:<44}{_gib(size):>16}{mark}")
-    lines.append(f"  {'total at the peak':<44}{_gib(plan.peak_bytes):>16}")
+        lines.append(f"  {'during ' + phase:<44}{gib(size):>16}{mark}")
+    lines.append(f"  {'total at the peak':<44}{gib(plan.peak_bytes):>16}")
     if plan.store_bytes is not None:
-        lines += ["", f"  {'a store of the teacher (bf16), one epoch':<44}{_gib(plan.store_bytes):>16}"]
+        lines += ["", f"  {'a store of the frozen models (bf16), one epoch':<44}{gib(plan.store_bytes):>16}"]
     lines += ["", "Advice", *(f"- {sentence}" for sentence in plan.advice)]
     lines += ["", "Not counted", *(f"- {note}" for note in plan.notes)] if plan.notes else []
     return "\n".join(lines)
