@@ -1,6 +1,6 @@
 """AlignDistil: preference alignment as token-level distillation from a DPO and a reverse-DPO model (arXiv 2503.02832).
 
-Shapes: B pairs or samples, T supervised tokens, D width.
+Shapes: B pairs or samples, T supervised tokens, P those of all answers of pairs (chosen, then rejected), D width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_llm.data.batch import PreferenceBatch, TokenBatch
+from lit_llm.data.teacher_store import TeacherStore
+from lit_llm.data.tokenized import EvaluationPrompt
 from lit_llm.losses.adaptive_policy import AdaptivePolicy, AdaptivePolicyTerms, adaptive_policy, sample_weights
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.fused_head import distillation
@@ -21,10 +23,15 @@ from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import same_tokenizer
+from lit_llm.methods.frozen_pair import FrozenPair
 from lit_llm.methods.on_policy import OnPolicy, Rollouts
-from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
+from lit_llm.methods.preference import PreferenceMethod, hidden_of_pairs, sums_of_answers
+from lit_llm.methods.stored_pair import StoredFrozen
 from lit_llm.methods.token_view import TokenView
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.quantization import keep_base_out_of_checkpoints
+from lit_llm.models.shared_base import AdaptedBase, frozen_beside
+from lit_llm.models.teacher_head import TeacherHead
 
 _LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
 _PER_TOKEN = ("alpha", "tvd", "beta", "expected_reward", "kl_dpo", "kl_other", "entropy", "teacher_entropy")
@@ -50,12 +57,16 @@ class AlignDistil(PreferenceMethod):
         on_policy: learn on answers that the policy samples. None: on the chosen answers. In the paper
             `student_fraction: 1`.
         watch_start: keep the starting model beside the others and log the KL to it during evaluation.
+        teacher_store: keep the hidden states of the two frozen models on disk, so that they run over the data once; not
+            with `on_policy`. None: they run live.
         optimization: optimizer and schedule.
         generation: answers generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
     reference_parts = ("validation", "test")
+    trains_on_both = False
+    needs_teacher_embedding = False
     teacher_words = "DPO model"
 
     def __init__(
@@ -68,6 +79,7 @@ class AlignDistil(PreferenceMethod):
         reduction: Literal["sample_mean", "sum", "token_mean"] = "sample_mean",
         on_policy: Optional[OnPolicy] = None,
         watch_start: bool = False,
+        teacher_store: Optional[TeacherStore] = None,
         optimization: Optimization = Optimization(),
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
@@ -77,15 +89,18 @@ class AlignDistil(PreferenceMethod):
             if spec.lora is not None:
                 raise ValueError(
                     f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
-                    "out: a model trained with adapters is exported with them merged."
+                    "out: name the folder `model/` or `adapters/` that a run with adapters left."
                 )
+        _check_store(teacher_store, on_policy)
         self.dpo_spec, self.other_spec, self.combination = dpo, other, combination
         self.form, self.reduction, self.watch_start = form, reduction, watch_start
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
         self.frozen_other: Frozen | None = None
         self.frozen_start: Frozen | None = None
         self.view = self._new_view()
-        self._frozen_log_probs: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.frozen_pair = FrozenPair(self)
+        holders = {"dpo": "frozen_teacher", "other": "frozen_other"} if teacher_store is not None else {}
+        self.stores = {name: StoredFrozen(teacher_store, self, name, holder) for name, holder in holders.items()}
 
     # ---------------------------------------------------------------- models
 
@@ -93,14 +108,34 @@ class AlignDistil(PreferenceMethod):
         if self.frozen_other is None:
             self._check_tokenizers()
         super().configure_model()
-        if self.frozen_other is None:
-            self.frozen_teacher, self.frozen_other = Frozen(self.dpo_spec.load()), Frozen(self.other_spec.load())
-            if self.watch_start:
-                self.frozen_start = Frozen(self.student_spec.load())
+        if self.frozen_other is not None:
+            return
+        if self.student.base is not None and self.student_spec.source is not None:
+            keep_base_out_of_checkpoints(self.student)  # which other adapters live in, and which comes from its source
+        self.frozen_teacher, self.frozen_other = self._frozen("dpo"), self._frozen("other")
+        if self.watch_start:
+            shared = self.student.base is not None
+            self.frozen_start = Frozen(AdaptedBase(self.student) if shared else self.student_spec.load())
+
+    def _frozen(self, name: str) -> Frozen:
+        """One of the two: in the policy's base where it can be, and only its head where a store has the rest."""
+        if name in self.stores:
+            return Frozen(self.stores[name].open())
+        return frozen_beside(self.student, self.student_spec, getattr(self, f"{name}_spec"), name)
+
+    def on_fit_start(self) -> None:
+        for store in self.stores.values():
+            store.fill()
+        super().on_fit_start()
 
     @property
-    def other(self) -> LanguageModel:
+    def other(self) -> LanguageModel | TeacherHead:
         return self.frozen_other.model
+
+    def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:
+        if isinstance(self.teacher, TeacherHead):
+            return self.stores["dpo"].answers(prompts)
+        return super().teacher_result(stage, prompts)
 
     def _check_tokenizers(self) -> None:
         for name, spec in {"dpo": self.dpo_spec, "other": self.other_spec}.items():
@@ -113,16 +148,18 @@ class AlignDistil(PreferenceMethod):
     # -------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        tokens, step_tokens = batch.chosen, batch.step_tokens
+        tokens, step_tokens, frozen = batch.chosen, batch.step_tokens, None
         if self.rollouts is not None:
             compared = self.rollouts.compared(batch)
             step_tokens = compared.tokens
             self.log("train/on_policy", float(compared.sampled), batch_size=1)
             tokens = compared.batch.student if compared.sampled else tokens
+        if tokens is batch.chosen:
+            frozen = self.frozen_pair.of_chosen(batch)
         samples = len(batch.examples)
         weights = sample_weights(tokens.sequence_T, samples, self.reduction)
         count = step_tokens if self.reduction == "token_mean" else batch.step_pairs
-        terms = self.compared(tokens, weights.weight_T * self.step_weight(batch, count))
+        terms = self.compared(tokens, weights.weight_T * self.step_weight(batch, count), frozen)
 
         self.log("train/loss", terms.loss.detach())
         self._log_tokens(terms, tokens, samples)
@@ -131,18 +168,29 @@ class AlignDistil(PreferenceMethod):
     def loss_terms(self, batch: PreferenceBatch) -> dict[str, Callable[[], Tensor]]:
         weights = sample_weights(batch.chosen.sequence_T, len(batch.examples), self.reduction)
         count = batch.step_tokens if self.reduction == "token_mean" else batch.step_pairs
-        return {"kl": lambda: self.compared(batch.chosen, weights.weight_T * self.step_weight(batch, count)).loss}
+        weight_T = weights.weight_T * self.step_weight(batch, count)
+        return {"kl": lambda: self.compared(batch.chosen, weight_T, self.frozen_pair.of_chosen(batch)).loss}
 
-    def compared(self, tokens: TokenBatch, weight_T: Tensor) -> AdaptivePolicyTerms:
-        """The policy beside the two frozen models on these tokens."""
-        with torch.no_grad():
-            dpo_TD, other_TD = self.teacher.hidden(tokens), self.other.hidden(tokens)
+    def compared(
+        self, tokens: TokenBatch, weight_T: Tensor, frozen: tuple[Tensor, Tensor] | None = None
+    ) -> AdaptivePolicyTerms:
+        """The policy beside the two frozen models on these tokens.
+
+        Args:
+            tokens: T supervised ones.
+            weight_T: of each.
+            frozen: (T, D) hidden states of the DPO model and of the other one; None: they are run.
+        """
+        frozen = self.frozen_pair.hidden(tokens) if frozen is None else frozen
+        return self._terms(self.student.hidden(tokens), frozen, weight_T)
+
+    def _terms(self, policy_TD: Tensor, frozen: tuple[Tensor, Tensor], weight_T: Tensor) -> AdaptivePolicyTerms:
         return adaptive_policy(
-            self.student.hidden(tokens),
+            policy_TD,
             self.student.head,
-            dpo_TD,
+            frozen[0],
             self.teacher.head,
-            other_TD,
+            frozen[1],
             self.other.head,
             self.combination,
             weight_T,
@@ -186,35 +234,37 @@ class AlignDistil(PreferenceMethod):
         """Loss on chosen answers, and how the pairs are judged by the policy and by the two frozen models."""
         samples, tokens = len(batch.examples), batch.chosen
         weights = sample_weights(tokens.sequence_T, samples, self.reduction)
-        terms = self.compared(tokens, weights.weight_T)
+        held_out = self.frozen_pair.of_pairs(batch, stage)
+        policy_PD = hidden_of_pairs(self.student, batch)
+        policy_TD = policy_PD[: tokens.num_supervised]
+        terms = self._terms(policy_TD, (held_out.hidden["dpo"], held_out.hidden["other"]), weights.weight_T)
         self.log_means(stage, {"loss": terms.loss}, int(weights.count))
         self.log_means(stage, self._means(terms, tokens, samples), samples)
         self.log_means(stage, {"tvd_below_0.01": (terms.tvd_T < 0.01).sum()}, tokens.num_supervised)
         if self.frozen_start is not None:
-            self.log_means(stage, {"kl_start": self._kl_to_start(tokens)}, tokens.num_supervised)
-        dpo_T, other_T = self._of_frozen(batch, stage)
-        self._log_rewards(batch, stage, dpo_T, other_T)
+            kl = self._kl_to_start(policy_TD, held_out.hidden["start"], tokens)
+            self.log_means(stage, {"kl_start": kl}, tokens.num_supervised)
+        log_probs = held_out.log_probs | {"policy": self._log_probs(policy_PD, batch)}
+        self._log_rewards(batch, stage, log_probs)
 
         self.view.add({"alpha": terms.alpha_T, "tvd": terms.tvd_T})
-        reward_T = self.combination.dpo_beta * (dpo_T - other_T)[: tokens.num_supervised]
+        reward_T = self.combination.dpo_beta * (log_probs["dpo"] - log_probs["other"])[: tokens.num_supervised]
         scores = {"alpha": terms.alpha_T, "reward": reward_T, "kl_dpo": terms.kl_dpo_T}
         self.view.add_answers(batch.examples, tokens, self.student_tokenizer, scores)
 
-    def _of_frozen(self, batch: PreferenceBatch, stage: str) -> tuple[Tensor, Tensor]:
-        """(T,) each: log-probabilities of the tokens of all answers under the two frozen models, which are asked once."""
-        key = (stage, batch.examples)
-        if key not in self._frozen_log_probs:
-            frozen = (self.teacher, self.other)
-            self._frozen_log_probs[key] = tuple(self.answer_token_log_probs(model, batch) for model in frozen)
-        return self._frozen_log_probs[key]
+    def _log_probs(self, hidden_PD: Tensor, batch: PreferenceBatch) -> Tensor:
+        """(P,) log-probabilities of the tokens of all answers under the policy."""
+        target_P = torch.cat([batch.chosen.target_T, batch.rejected.target_T])
+        return token_log_probs(hidden_PD, self.student.head, target_P, chunk_size=self.loss_chunk)
 
-    def _log_rewards(self, batch: PreferenceBatch, stage: str, dpo_T: Tensor, other_T: Tensor) -> None:
+    def _log_rewards(self, batch: PreferenceBatch, stage: str, log_probs: dict[str, Tensor]) -> None:
+        """Pairs under the policy's and the DPO model's reward relative to the start, and under the contrastive one."""
         beta, start_2B = self.combination.dpo_beta, batch.reference_B2.T
-        dpo_2B, other_2B = sums_of_answers(dpo_T, batch), sums_of_answers(other_T, batch)
+        sums = {name: sums_of_answers(value_P, batch) for name, value_P in log_probs.items()}
         rewards = {
-            "": self.answer_log_probs(self.student, batch) - start_2B,
-            "dpo_": dpo_2B - start_2B,
-            "contrastive_": dpo_2B - other_2B,
+            "": sums["policy"] - start_2B,
+            "dpo_": sums["dpo"] - start_2B,
+            "contrastive_": sums["dpo"] - sums["other"],
         }
         for name, reward_2B in rewards.items():
             margin_B = beta * (reward_2B[0] - reward_2B[1])
@@ -255,14 +305,15 @@ class AlignDistil(PreferenceMethod):
     def _evaluate_sampled(self, tokens: TokenBatch) -> None:
         """Rewards, divergences and lengths of answers that the policy samples to validation prompts."""
         samples = len(tokens.length_B)
-        terms = self.compared(tokens, torch.ones_like(tokens.target_T, dtype=torch.float32))
+        policy_TD, frozen = self.student.hidden(tokens), self.frozen_pair.hidden(tokens)
+        terms = self._terms(policy_TD, frozen, torch.ones_like(tokens.target_T, dtype=torch.float32))
         for name, value in self._means(terms, tokens, samples).items():
             self.log(f"val/sampled_{name}", value / samples)
         self.histograms |= {"sampled_alpha": terms.alpha_T.cpu(), "sampled_tvd": terms.tvd_T.cpu()}
         self._log_percentiles("val/sampled_alpha", terms.alpha_T.float())
         log_probs = [
-            token_log_probs(model.hidden(tokens), model.head, tokens.target_T, chunk_size=self.loss_chunk)
-            for model in (self.teacher, self.other)
+            token_log_probs(hidden_TD, model.head, tokens.target_T, chunk_size=self.loss_chunk)
+            for hidden_TD, model in zip(frozen, (self.teacher, self.other), strict=True)
         ]
         sums = {
             "kl_dpo_of_answer": terms.kl_dpo_T,
@@ -272,20 +323,20 @@ class AlignDistil(PreferenceMethod):
         for name, value_T in sums.items():
             self.log(f"val/sampled_{name}", sum_by_sequence(value_T, tokens.sequence_T, samples).mean())
         if self.frozen_start is not None:
-            self.log("val/sampled_kl_start_of_answer", self._kl_to_start(tokens) / samples)
+            kl = self._kl_to_start(policy_TD, self.frozen_start.model.hidden(tokens), tokens)
+            self.log("val/sampled_kl_start_of_answer", kl / samples)
         self.log("val/sampled_tokens", tokens.num_supervised / samples)
         ended = (tokens.target_T == self.student_tokenizer.eos_token_id).sum() / samples
         self.log("val/sampled_cut", 1 - ended)
 
-    def _kl_to_start(self, tokens: TokenBatch) -> Tensor:
+    def _kl_to_start(self, policy_TD: Tensor, start_TD: Tensor, tokens: TokenBatch) -> Tensor:
         """KL(policy || start), summed over tokens."""
-        model = self.frozen_start.model
         terms = distillation(
-            self.student.hidden(tokens),
+            policy_TD,
             self.student.head,
             tokens.target_T,
-            model.hidden(tokens),
-            model.head,
+            start_TD,
+            self.frozen_start.model.head,
             Divergence(name="reverse_kl", temperature=1.0),
             ce_weight=0.0,
             kd_weight=1.0,
@@ -306,4 +357,18 @@ class AlignDistil(PreferenceMethod):
             self.rollouts.load_state(checkpoint["lit_llm"].get("rollouts", {}))
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "rule": self.combination.rule, "slope": self.combination.slope}
+        base = {} if self.student.base is None else {"base": self.student.base["weights"]}
+        return {**super().identity(), "rule": self.combination.rule, "slope": self.combination.slope, **base}
+
+
+def _check_store(store: TeacherStore | None, on_policy: OnPolicy | None) -> None:
+    if store is not None and on_policy is not None:
+        raise ValueError(
+            f"model.teacher_store.folder is {store.folder!r} and model.on_policy is set, but a store knows nothing of answers "
+            "that are still to be sampled. Leave one of the two out."
+        )
+    if store is not None and store.top_k is not None:
+        raise ValueError(
+            f"model.teacher_store.top_k is {store.top_k}, but AlignDistil combines two whole distributions and takes their "
+            "distance over all tokens. Leave it out to store hidden states."
+        )
