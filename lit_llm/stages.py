@@ -5,7 +5,7 @@
       reverse: {config: [dpo.yaml], set: {model.init_args.reverse: true}}
     model:
       init_args:
-        dpo: {source: "stage:dpo"}              # its folder `model/`; "stage:dpo/adapters" are its adapters
+        dpo: {source: "stage:dpo"}      # its folder `model/`; "stage:dpo/adapters" are its adapters
 
 A stage is a `fit` of its own, in `ROOT/NAME/stages/STAGE/HASH`, where HASH names all that its result depends on: its resolved
 config, the content of the data files and weights that it names, and the version of lit_llm. Another config is another

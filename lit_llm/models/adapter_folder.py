@@ -1,8 +1,8 @@
 """Adapters on disk, beside the identity of the base that they were trained on.
 
-A folder holds what peft writes (`adapter_config.json`, `adapter_model.safetensors`), the tokenizer, and `base.json`: where the
-base came from and what it is, by content. Adapters are only right on the weights that they were trained on; a path says
-nothing of these.
+A folder holds what peft writes (`adapter_config.json`, `adapter_model.safetensors`), the tokenizer, and `base.json`: where
+the base came from and what it is, by content. Adapters are only right on the weights that they were trained on; a path
+says nothing of these.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ class ModelSpec:
             model = with_adapters(model, self.lora)
         plain = None if self.quantization is None else partial(self._plain, tokenizer)
         # transformers hands models out in eval mode
-        return LanguageModel(model, tokenizer, self.trim_head, plain, base, self.lora and self.lora.saved).train()
+        saved = None if self.lora is None else self.lora.saved
+        return LanguageModel(model, tokenizer, self.trim_head, plain, base, saved).train()
 
     def _transformer(self, tokenizer, kind: Quantization | None) -> nn.Module:
         dtype = getattr(torch, self.dtype)
