@@ -39,8 +39,9 @@ def base_identity(spec, model: nn.Module) -> dict[str, Any]:
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The names in which two bases differ."""
-    return [name for name in _COMPARED if theirs.get(name) != ours.get(name)]
+    """The names in which two bases differ; weights that could not be hashed are like no others."""
+    unknown = ours.get("weights") is None
+    return [name for name in _COMPARED if theirs.get(name) != ours.get(name) or (name == "weights" and unknown)]
 
 
 def adapter_folder(source: str | None) -> Path | None:

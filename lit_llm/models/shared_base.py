@@ -125,18 +125,24 @@ def frozen_beside(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name
     folder = adapter_folder(spec.source)
     if folder is None:
         return Frozen(AdaptedBase(student))
+    student.leave_base_out_of_checkpoints()  # in which these adapters live, too
     add_adapters(student.model, folder, FROZEN + name)
     return Frozen(AdaptedBase(student, FROZEN + name))
+
+
+def is_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec) -> bool:
+    """Whether a model is what lies under the student's adapters, by content, and is to be held in the same way."""
+    if student.base is None or ours.source is None or spec.source is None or spec.lora is not None:
+        return False
+    same_settings = all(getattr(spec, field) == getattr(ours, field) for field in _HELD)
+    return same_settings and not differences(base_identity(spec, student.model), student.base)
 
 
 def shares_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> bool:
     """Whether a frozen model can live in the student's base; arguments and errors as in `frozen_beside`."""
     folder = adapter_folder(spec.source)
-    if student.base is None or spec.lora is not None or spec.source is None:
-        return False
-    if folder is None:
-        same_settings = all(getattr(spec, field) == getattr(ours, field) for field in _HELD)
-        return same_settings and not differences(base_identity(spec, student.model), student.base)
+    if folder is None or student.base is None or ours.source is None:
+        return is_base(student, ours, spec)
     theirs = base_of(folder)
     if differing := differences(theirs, student.base):
         raise ValueError(

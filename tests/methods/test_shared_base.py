@@ -208,6 +208,17 @@ def test_the_reference_of_a_policy_with_adapters_is_its_base(tmp_path, loss, mon
         torch.testing.assert_close(method.reference._computed("validation", method.reference._model()), asked)
 
 
+def test_a_teacher_that_is_the_students_base_is_not_held_twice(tmp_path):
+    config = tiny_config(tmp_path, "kd", max_steps=4, dropout=0.0)
+    start = f"--model.init_args.teacher.source={tmp_path / 'student'}"
+    found = [fit(config, *POLICY, start, *steps) for steps in (ONE_STEP, [])]
+    assert all(isinstance(run.model.teacher, AdaptedBase) for run in found)
+    assert found[0].trainer.callback_metrics["train/kd"].item() == pytest.approx(0, abs=1e-6)
+    assert found[1].trainer.callback_metrics["train/kd"] > 1e-4  # the student has left it
+    whole = fit(config, *POLICY, f"--model.init_args.teacher.source={tmp_path / 'teacher'}").model
+    assert isinstance(whole.teacher, LanguageModel)
+
+
 def test_adapters_stand_for_their_base_with_them_merged(stages, tmp_path):
     whole = ModelSpec(source=str(stages["dpo"] / "model")).load().transformer
     merged = ModelSpec(source=str(stages["dpo"] / "adapters")).load().transformer
