@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +121,11 @@ def frozen_beside(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name
         ValueError: adapters of another base than the student's (each difference with both values), or settings that the
             shared base does not have.
     """
-    if not shares_base(student, ours, spec, name):
-        return Frozen(spec.load())
-    folder = adapter_folder(spec.source)
-    if folder is None:
+    if is_base(student, ours, spec):
         return Frozen(AdaptedBase(student))
+    folder = _fitting_adapters(student, ours, spec, name)
+    if folder is None:
+        return Frozen(spec.load())
     student.leave_base_out_of_checkpoints()  # in which these adapters live, too
     add_adapters(student.model, folder, FROZEN + name)
     return Frozen(AdaptedBase(student, FROZEN + name))
@@ -140,9 +141,14 @@ def is_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec) -> bool:
 
 def shares_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> bool:
     """Whether a frozen model can live in the student's base; arguments and errors as in `frozen_beside`."""
+    return is_base(student, ours, spec) or _fitting_adapters(student, ours, spec, name) is not None
+
+
+def _fitting_adapters(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> Path | None:
+    """The folder of adapters on the student's base; None where it is a model of its own."""
     folder = adapter_folder(spec.source)
     if folder is None or student.base is None or ours.source is None:
-        return is_base(student, ours, spec)
+        return None
     theirs = base_of(folder)
     if differing := differences(theirs, student.base):
         raise ValueError(
@@ -164,4 +170,4 @@ def shares_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: 
             f"model.{name}.keep_layers is {spec.keep_layers}, but its source holds adapters, whose base says which layers it "
             "has. Leave it out."
         )
-    return True
+    return folder

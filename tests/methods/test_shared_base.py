@@ -190,6 +190,20 @@ def test_the_model_that_dpo_started_from_is_the_base_without_adapters(tmp_path, 
         assert not torch.allclose(method.student.hidden(tokens), start.hidden(tokens), atol=1e-4)
 
 
+def test_a_policy_may_start_from_adapters_and_be_compared_with_them(tmp_path, stages):
+    start = stages["dpo"] / "adapters"
+    options = [*POLICY, f"--model.init_args.student.source={start}", f"--model.init_args.other.source={start}"]
+    options += [f"--model.init_args.dpo.source={stages['other'] / 'model'}"]
+    options += ["--model.init_args.combination={rule: adaptive_interpolation, slope: 4.0}"]
+    method = fit(align_config(tmp_path, stages), *ONE_STEP, *options).model
+    assert isinstance(method.other, AdaptedBase) and method.other.adapter is None
+    assert isinstance(method.teacher, LanguageModel)
+    with pytest.raises(ValueError, match="adapters of another base"):
+        fit(
+            tmp_path / "align.yaml", *ONE_STEP, *options, f"--model.init_args.dpo.source={stages['other'] / 'adapters'}"
+        )
+
+
 @pytest.mark.parametrize("loss", ["tdpo2", "sigmoid"])
 def test_the_reference_of_a_policy_with_adapters_is_its_base(tmp_path, loss, monkeypatch):
     config = tiny_config(tmp_path, "dpo", max_steps=4, dropout=0.3)
