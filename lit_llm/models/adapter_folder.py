@@ -118,14 +118,40 @@ def add_adapters(model: nn.Module, folder: Path, name: str) -> None:
         parameter.requires_grad_(path in trained)
 
 
-def with_merged_adapters(folder: Path, attention: str | None, dtype: torch.dtype) -> nn.Module:
+def with_merged_adapters(folder: Path, spec) -> nn.Module:
     """A plain transformers model: the base that the adapters in a folder name, with them merged into its weights.
 
+    Args:
+        folder: of the adapters.
+        spec: the `ModelSpec` that names it.
+
     Raises:
-        ValueError: the base is not what the adapters were trained on, or was quantised.
+        ValueError: the base is not what the adapters were trained on, or was quantised; or the spec has settings that the base
+            decides.
     """
+    for name in ("keep_layers", "quantization"):
+        if getattr(spec, name) is not None:
+            raise ValueError(
+                f"{name} is {getattr(spec, name)!r}, but the source {folder} holds adapters, which are merged into the base "
+                f"that they name. Leave it out, or name the merged folder {folder.parent / 'model'}."
+            )
+    return _merged(folder, spec.attention, getattr(torch, spec.dtype))
+
+
+def _merged(folder: Path, attention: str | None, dtype: torch.dtype) -> nn.Module:
     from peft import PeftModel
 
+    base = _loadable_base(folder)
+    below = adapter_folder(base["source"])
+    if below is not None:
+        model = _merged(below, attention, dtype)
+    else:
+        model = sources.load_model(base["source"], base["keep_layers"], attention, dtype)
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+
+
+def _loadable_base(folder: Path) -> dict[str, Any]:
+    """The base of a folder of adapters, which is where it was and what it was."""
     base = base_of(folder)
     if base["quantization"] is not None or base["source"] is None:
         why = "started at random" if base["source"] is None else f"was quantised ({base['quantization']})"
@@ -136,15 +162,10 @@ def with_merged_adapters(folder: Path, attention: str | None, dtype: torch.dtype
     for name, now in zip(("weights", "config"), source_digests(base["source"]), strict=True):
         if now != base[name]:
             raise ValueError(
-                f"The adapters in {folder} were trained on {base['source']} with the hash {base[name]} ({name}), but what is "
-                f"there now has {now}. Restore it, or train the adapters again."
+                f"The adapters in {folder} were trained on {base['source']} with the hash {base[name]} ({name}), but what "
+                f"is there now has {now}. Restore it, or train the adapters again."
             )
-    below = adapter_folder(base["source"])
-    if below is not None:
-        model = with_merged_adapters(below, attention, dtype)
-    else:
-        model = sources.load_model(base["source"], base["keep_layers"], attention, dtype)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return base
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from lit_llm.models.adapter_folder import adapter_folder, base_identity, save_ad
 from lit_llm.models.adapters import FROZEN, Lora, with_adapters
 from lit_llm.models.generation import Sampling
 from lit_llm.models.quantization import Quantization
-from lit_llm.storage import complete_folder
+from lit_llm.models.saving import save_model
 
 _TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
 _TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
@@ -116,8 +116,7 @@ class ModelSpec:
         if self.source is None:
             return sources.random_start(self.config, self.attention, dtype, tokenizer)
         if (folder := adapter_folder(self.source)) is not None:
-            self._check_adapters(folder)
-            return with_merged_adapters(folder, self.attention, dtype)
+            return with_merged_adapters(folder, self)
         settings = None if kind is None else quantization.quantization_config(kind, dtype)
         model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
         if kind is not None:
@@ -125,14 +124,6 @@ class ModelSpec:
         if self.tokenizer not in (None, self.source):
             sources.use_special_tokens(model, tokenizer)
         return model
-
-    def _check_adapters(self, folder: Path) -> None:
-        for name in ("keep_layers", "quantization"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but the source {folder} holds adapters, which are merged into the "
-                    f"base that they name. Leave it out, or name the merged folder {folder.parent / 'model'}."
-                )
 
     def _plain(self, tokenizer) -> nn.Module:
         """What is trained as it would be without quantisation: another copy of the source, with adapters."""
@@ -392,12 +383,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: the reloaded weights differ.
         """
-        merged = self._merged()
-        generation.settle_defaults(merged, self.tokenizer, self.head.num_rows)
-        with complete_folder(Path(folder)) as scratch:
-            merged.save_pretrained(scratch)
-            self.tokenizer.save_pretrained(scratch)
-            _check_saved(merged, scratch)
+        save_model(self._merged(), self.tokenizer, self.head.num_rows, Path(folder))
 
     def _merged(self) -> nn.Module:
         if self._plain is not None:
@@ -426,23 +412,3 @@ class Frozen(nn.Module):
 def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-2) -> bool:
     """Equal but for rounding, also in half precision; a scale or a cap that is missed changes more."""
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
-
-
-def _check_saved(model: nn.Module, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    live = model.state_dict()
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
-    different = sorted(live.keys() ^ reloaded.keys())
-    different += [name for name in live if name in reloaded and not _same_bits(live[name], reloaded[name])]
-    if different:
-        raise ValueError(
-            f"The model would not come back as it is: after saving, {len(different)} tensors differ, e.g. "
-            f"{different[0]}. Nothing was written to {folder.parent}."
-        )
-
-
-def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    ours, theirs = (tensor.detach().cpu().contiguous() for tensor in (ours, theirs))
-    same_kind = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    return same_kind and torch.equal(ours.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8))
