@@ -87,7 +87,8 @@ def test_a_bfloat16_store_keeps_the_loss_within_a_thousandth(tmp_path):
 
 def test_from_the_second_run_on_no_frozen_body_is_run_or_loaded(tmp_path, monkeypatch):
     config = tiny_config(tmp_path, "align")
-    fit(config, *store_options(tmp_path))
+    TrainingCLI.run(["cache_teacher", "--config", str(config), *store_options(tmp_path)])
+    assert not (tmp_path / "runs").exists()
     ran = counted(monkeypatch)
     method = fit(config, *store_options(tmp_path), "--model.init_args.watch_start=false").model
     assert set(ran) == {method.student}
