@@ -29,6 +29,7 @@ from lit_llm.methods.preference import PreferenceMethod, hidden_of_pairs, sums_o
 from lit_llm.methods.stored_pair import StoredFrozen
 from lit_llm.methods.token_view import TokenView
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.quantization import keep_base_out_of_checkpoints
 from lit_llm.models.shared_base import AdaptedBase, frozen_beside
 from lit_llm.models.teacher_head import TeacherHead
 
@@ -110,7 +111,9 @@ class AlignDistil(PreferenceMethod):
         if self.frozen_other is not None:
             return
         if self.student.base is not None and self.student_spec.source is not None:
-            self.student.leave_base_out_of_checkpoints()  # also where a store has the frozen models, whose adapters it held
+            keep_base_out_of_checkpoints(
+                self.student
+            )  # also from a store, whose filling put adapters into it for a while
         self.frozen_teacher, self.frozen_other = self._frozen("dpo"), self._frozen("other")
         if self.watch_start:
             shared = self.student.base is not None

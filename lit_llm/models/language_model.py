@@ -158,9 +158,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self._plain, self.base, self._saved = plain, base, saved or "merged"
-        self._base_left_out = False
         if plain is not None:
-            self.leave_base_out_of_checkpoints()
+            quantization.keep_base_out_of_checkpoints(self)
         self.model, self.tokenizer, self.trim_head = model, tokenizer, trim_head
         self.num_tokens = max(tokenizer.get_vocab().values()) + 1
         if self.num_tokens > self.vocab_size:
@@ -356,12 +355,6 @@ class LanguageModel(nn.Module):
         """Pieces of text as they are generated for one prompt (settings as in `generate`)."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed=seed)
         return generation.stream(self.transformer, self.tokenizer, prompt, sampling, num_tokens=self.head.num_rows)
-
-    def leave_base_out_of_checkpoints(self) -> None:
-        """From now on the state holds what is trained only; the rest comes from its source, or stays as it is."""
-        if not self._base_left_out:
-            quantization.keep_base_out_of_checkpoints(self)
-        self._base_left_out = True
 
     @property
     def exports(self) -> dict[str, Callable[[Path], None]]:

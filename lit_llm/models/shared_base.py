@@ -18,6 +18,7 @@ from lit_llm.models.adapter_folder import adapter_folder, add_adapters, base_ide
 from lit_llm.models.adapters import FROZEN
 from lit_llm.models.generation import evaluating
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.quantization import keep_base_out_of_checkpoints
 
 _HELD = ("dtype", "attention", "quantization", "trim_head")
 
@@ -126,7 +127,7 @@ def frozen_beside(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name
     folder = _fitting_adapters(student, ours, spec, name)
     if folder is None:
         return Frozen(spec.load())
-    student.leave_base_out_of_checkpoints()  # in which these adapters live, too
+    keep_base_out_of_checkpoints(student)  # and what lives in it
     add_adapters(student.model, folder, FROZEN + name)
     return Frozen(AdaptedBase(student, FROZEN + name))
 
