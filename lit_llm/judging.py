@@ -21,15 +21,8 @@ from torch import Tensor
 
 from lit_llm.data.batch import TokenBatch, collate_tokens
 from lit_llm.data.planned_data import check_room
-from lit_llm.data.preference_pairs import (
-    PairEncoding,
-    PairSet,
-    Turn,
-    UnusableRow,
-    encode_turns,
-    read_pair,
-    tokenize_pairs,
-)
+from lit_llm.data.preference_pairs import PairEncoding, PairSet, encode_turns, tokenize_pairs
+from lit_llm.data.preference_rows import Turn, UnusableRow, read_pair
 from lit_llm.data.responses import ResponseFile, content_hash, plan_batches
 from lit_llm.data.rows import load_rows
 from lit_llm.evaluation import constraints

@@ -21,13 +21,18 @@ CLASSES = {
     "gold": "GOLD",
     "dpo": "DPO",
     "align": "AlignDistil",
+    "dckd": "DCKD",
+    "adpa": "ADPA",
+    "kto": "KTO",
 }
 METHODS = (
     *("sft", "kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma"),
     *("uld", "uld_cross", "mined_cross", "shared_cross", "gold_cross", "gold_cross_hybrid"),
     *("kd_sampled", "dskd_sampled", "dskd_cross_sampled"),
     *("dpo", "dpo_token_level", "align", "align_sampled"),
+    *("dckd", "adpa", "adpa_sampled", "kto"),
 )
+ON_PAIRS = ("dpo", "align", "dckd", "adpa", "kto")  # how the names of methods on pairs begin
 ANIMALS = ["cat", "dog", "bird", "fish", "horse", "cow", "pig", "hen", "fox", "bear", "wolf", "owl"]
 
 
@@ -62,6 +67,18 @@ def write_pairs(path: Path, number: int, start: int = 0) -> Path:
     return path
 
 
+def write_labelled(path: Path, number: int, start: int = 0) -> Path:
+    """Two of three answers are good."""
+    rows = []
+    for i in range(start, start + number):
+        animal, other = ANIMALS[i % 12], ANIMALS[(i * 5 + 3) % 12]
+        good = i % 3 != 1
+        answer = f"The {animal} {i} saw a {other}." if good else f"It is {other} or so, {i} times."
+        rows.append({"prompt": f"Name the {animal} number {i}.", "answer": answer, "label": "good" if good else "bad"})
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
 def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> Path:
     """Write models, data and a config for one of METHODS; the config's stem is the method's name."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,13 +105,19 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         "optimization": {"lr": 1e-2},
         "generation": {"prompts": 2, "test_prompts": 2, "max_new_tokens": 4},
     }
-    on_pairs = method.startswith(("dpo", "align"))
-    write = write_pairs if on_pairs else write_rows
+    on_pairs = method.startswith(ON_PAIRS)
+    data, write = ("Preferences", write_pairs) if on_pairs else ("Instructions", write_rows)
+    if method == "kto":
+        data, write = "LabelledAnswers", write_labelled
     if method.startswith("align"):
         other = tiny_model_folder(folder / "other", tokenizer=byte_level, hidden_size=32, layers=2, seed=5)
         model |= {"dpo": {"source": str(teacher)}, "other": {"source": str(other)}, "watch_start": True}
-    elif method != "sft" and not on_pairs:
+    elif method not in ("sft", "kto") and not method.startswith("dpo"):
         model["teacher"] = {"source": str(teacher)}
+    if method.startswith("adpa"):
+        before = tiny_model_folder(folder / "before", tokenizer=byte_level, hidden_size=32, layers=2, seed=5)
+        model |= {"reference_teacher": {"source": str(before)}}
+        model["answers"] = "start" if "sampled" in method else "rejected"
     if method == "dpo_token_level":
         model["loss"] = "tdpo2"
     if method in ("dskd_v1", "dskd_cross_cma"):
@@ -107,7 +130,7 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
         "seed_everything": 3,
         "model": {"class_path": CLASSES[method.split("_")[0]], "init_args": model},
         "data": {
-            "class_path": "Preferences" if on_pairs else "Instructions",
+            "class_path": data,
             "init_args": {
                 "train": str(write(folder / "train.jsonl", 24)),
                 "validation": str(write(folder / "validation.jsonl", 4, start=24)),

@@ -100,13 +100,20 @@ class RunData:
 
     @property
     def on_pairs(self) -> bool:
-        """Whether the run learned from preference pairs."""
-        return any(self.curve(f"{stage}/reward_accuracy") for stage in ("val", "test", "train"))
+        """Whether the run learned from preferences: pairs, or answers with a label."""
+        names = ("reward_accuracy", "label_accuracy")
+        return any(self.curve(f"{stage}/{name}") for stage in ("val", "test", "train") for name in names)
+
+    @property
+    def combines_teachers(self) -> bool:
+        """Whether the teacher is put together from two models, as in AlignDistil."""
+        return self.argument("dpo") is not None
 
     @property
     def starts_at_reference(self) -> bool:
         """Whether rewards relative to the reference are nothing but rounding at step 0, and so order no pairs."""
-        margins = [self.at_start(f"{stage}/reward_margin") for stage in ("val", "test")]
+        names = ("reward_margin", "good_reward")
+        margins = [self.at_start(f"{stage}/{name}") for stage in ("val", "test") for name in names]
         return any(margin is not None and abs(margin) < 1e-3 for margin in margins)
 
     @property

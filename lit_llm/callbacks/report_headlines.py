@@ -38,6 +38,7 @@ _ON_PAIRS = [
     Headline("reward", "Share of the prompt's checks that generated answers keep", higher=True),
     Headline("loss", "Loss", higher=False),
     Headline("reward_accuracy", "Pairs in the data's order: reward of the policy", higher=True, implicit=True),
+    Headline("label_accuracy", "Answers on their label's side of the baseline", higher=True, implicit=True),
     Headline("dpo_reward_accuracy", "Pairs in the data's order: reward of the DPO model", higher=True, of="teacher"),
     Headline(
         "contrastive_reward_accuracy",
@@ -47,7 +48,7 @@ _ON_PAIRS = [
     ),
     Headline("kl_dpo", "KL to the DPO model, per token", higher=None),
     Headline("kl_start", "KL to the start, per token", higher=None),
-    Headline("agreement", "Agreement with the combined teacher", higher=True),
+    Headline("agreement", "Agreement with the teacher, combined where there are two", higher=True),
     Headline("rouge_l", "ROUGE-L of generated answers", higher=True),
 ]
 

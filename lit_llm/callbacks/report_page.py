@@ -194,13 +194,14 @@ def _validation_figure(run: RunData, name: str, title: str, more: Sequence[str] 
 
 
 def _agreement(run: RunData) -> str:
-    teacher = "combined teacher" if run.on_pairs else "teacher"
+    teacher = "combined teacher" if run.combines_teachers else "teacher"
     return f"Agreement with the {teacher}, validation"
 
 
 def _loss_terms(run: RunData) -> list[str]:
     if run.on_pairs:  # what else is logged has figures of its own, or is of another size
-        return [name for name in ("train/loss", "train/kl") if name in run.names]
+        terms = ("loss", "kl", "ce", "kl_chosen", "kl_rejected")
+        return [name for name in (f"train/{term}" for term in terms) if name in run.names]
     others = {*_ending(run, "accuracy", "agreement", "grad_norm", "ratio"), "train/learning_rate"}
     return [name for name in run.names if name.startswith("train/") and name not in others]
 

@@ -29,6 +29,12 @@ def preference_figures(run: RunData) -> list[str]:
     margins = {f"val/{name.format('margin')}": words for name, words in _PAIRS.items()}
     divergences = {"val/kl_dpo": "to the DPO model", "val/kl_other": "to the other", "val/kl_start": "to the start"}
     alpha = {"val/alpha": "mean", "val/alpha_p50": "median", "val/alpha_p95": "95th percentile"}
+    advantage = {
+        "val/expected_advantage": "chosen answers",
+        "val/sampled_expected_advantage": "the policy's own answers",
+    }
+    to_teacher = {"val/kl_chosen": "on chosen answers", "val/kl_rejected": "on rejected answers"}
+    labelled = {"val/good_reward": "good", "val/bad_reward": "bad"}
     entropies = {"val/entropy": run.role("student"), "val/teacher_entropy": "combined teacher"}
     rewards = {"train/reward_margin": "margin", "train/chosen_reward": "chosen", "train/rejected_reward": "rejected"}
     return [
@@ -36,6 +42,9 @@ def preference_figures(run: RunData) -> list[str]:
         _checks(run),
         _figure(run, "Validation pairs in the order of the data", order, without_start=run.starts_at_reference),
         _figure(run, "Reward margin of validation pairs", margins),
+        _figure(run, "Rewards of labelled answers, validation", labelled),
+        _figure(run, "Expected advantage per token, validation", advantage),
+        _figure(run, "KL to the teacher per token, validation", to_teacher),
         _figure(run, "KL per token, validation", divergences),
         _figure(run, "Coefficient of the combination, validation", alpha),
         _figure(run, "Entropy, validation", entropies),

@@ -159,6 +159,22 @@ class PreferenceBatch(_Movable):
         )
 
 
+@dataclass
+class LabelledBatch(PreferenceBatch):
+    """Answers that are good or bad by themselves, each beside an answer that was written for another prompt.
+
+    `chosen` holds the answers, good and bad ones alike; `rejected` the same prompts with answers to other prompts; what is
+    counted in pairs is counted in answers.
+
+    Attributes:
+        good_B: whether each answer is a good one, bool.
+        num_good: how many are.
+    """
+
+    good_B: Tensor | None = None
+    num_good: int = 0
+
+
 def collate_tokens(
     ids: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, Optional
 
+from lit_llm.data.preference_rows import Turn, UnusableRow, read_pair
 from lit_llm.data.templates import render_chat, render_prompt
 from lit_llm.data.tokenized import EvaluationPrompt, begin_ids, map_cached
 
@@ -28,12 +27,11 @@ _BAD = (
     "a last turn that is not the assistant's",
     "a prompt that does not end with the user's turn",
     "messages without role and content",
+    "a label that is neither good nor bad",
 )
 _TOO_LONG = "a prompt that is too long"
 _DROPPED = (*_BAD, _TOO_LONG, "an answer that is too long", "answers that are equal when cut")
 _NAMED = 5  # rows that a refusal names for each reason
-
-Turn = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -152,27 +150,12 @@ def tokenize_pairs(
     """
     encoder = PairEncoder(encoding, tokenizer)
     parts = ["pairs", _FORMAT, asdict(encoding)]
-    encoded = map_cached(rows, encoder, parts, (tokenizer,), workers=workers, name=name, features=_features())
-    found: dict[str, list[int]] = {reason: [] for reason in _DROPPED}
-    kept = []
-    for row, status in enumerate(encoded["status"][:]):
-        (kept if status == "kept" else found[status]).append(row)
-    refused = [*(_BAD if bad_rows == "refuse" else ()), *([_TOO_LONG] if encoding.long_prompts == "refuse" else ())]
-    if bad := {reason: found[reason] for reason in refused if found[reason]}:
-        raise ValueError(_refusal(bad, encoding, rows, name))
-    dropped = {reason: len(members) for reason, members in found.items() if members}
-    if not kept:
-        raise ValueError(
-            f"No usable pair is left of the {len(rows)} rows of {name}: "
-            + ", ".join(f"{count} dropped with {reason}" for reason, count in dropped.items())
-            + f".\n  Limits: max_length {encoding.max_length}, max_prompt_length {encoding.max_prompt_length}. "
-            "Raise them, or map other columns with data.columns."
-        )
-    table = encoded.select(kept)
+    encoded = map_cached(rows, encoder, parts, (tokenizer,), workers=workers, name=name, features=pair_features())
+    table, dropped = usable(encoded, rows, encoding, bad_rows=bad_rows, name=name)
     longer = [a - b for a, b in zip(table["num_chosen"], table["num_rejected"], strict=True)]
     summary = PairSummary(
         rows=len(rows),
-        pairs=len(kept),
+        pairs=len(table),
         chosen_tokens=sum(table["num_chosen"]),
         rejected_tokens=sum(table["num_rejected"]),
         prompt_tokens=sum(table["num_prompt"]),
@@ -185,7 +168,41 @@ def tokenize_pairs(
     return PairSet(table, summary)
 
 
-def _refusal(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str) -> str:
+def usable(
+    encoded, rows, encoding: PairEncoding, *, bad_rows: Literal["refuse", "drop"], name: str, what: str = "pair"
+) -> tuple[Any, dict[str, int]]:
+    """The rows with the status `kept`, and how many were dropped for each reason.
+
+    Args:
+        encoded: rows as an encoder left them, with their `status`.
+        rows: as they were read, for messages.
+        encoding: with its limits.
+        bad_rows: what happens to rows that make no example.
+        name: of the data.
+        what: a row should make.
+
+    Raises:
+        ValueError: as `tokenize_pairs`.
+    """
+    found: dict[str, list[int]] = {reason: [] for reason in _DROPPED}
+    kept = []
+    for row, status in enumerate(encoded["status"][:]):
+        (kept if status == "kept" else found[status]).append(row)
+    refused = [*(_BAD if bad_rows == "refuse" else ()), *([_TOO_LONG] if encoding.long_prompts == "refuse" else ())]
+    if bad := {reason: found[reason] for reason in refused if found[reason]}:
+        raise ValueError(_refusal(bad, encoding, rows, name, what))
+    dropped = {reason: len(members) for reason, members in found.items() if members}
+    if not kept:
+        raise ValueError(
+            f"No usable {what} is left of the {len(rows)} rows of {name}: "
+            + ", ".join(f"{count} dropped with {reason}" for reason, count in dropped.items())
+            + f".\n  Limits: max_length {encoding.max_length}, max_prompt_length {encoding.max_prompt_length}. "
+            "Raise them, or map other columns with data.columns."
+        )
+    return encoded.select(kept), dropped
+
+
+def _refusal(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str, what: str) -> str:
     told = []
     for reason, members in bad.items():
         places = ", ".join(map(str, members[:_NAMED])) + (", ..." if len(members) > _NAMED else "")
@@ -199,10 +216,14 @@ def _refusal(bad: dict[str, list[int]], encoding: PairEncoding, rows, name: str)
     if set(bad) - {_TOO_LONG}:
         steps.append("map other columns with data.columns, or leave such rows out with data.bad_rows: drop")
     return (
-        f"{sum(map(len, bad.values()))} of the {len(rows)} rows of {name} make no pair: {'; '.join(told)}; rows count from 0, "
+        f"{sum(map(len, bad.values()))} of the {len(rows)} rows of {name} make no {what}: {'; '.join(told)}; rows count from 0, "
         f"columns are {', '.join(rows.column_names)}.\n"
-        f"  Row {first} begins: {str(rows[first].get('prompt') or rows[first]['chosen'])[:80]!r}\n  {', '.join(steps)}."
+        f"  Row {first} begins: {_beginning(rows[first])!r}\n  {', '.join(steps)}."
     )
+
+
+def _beginning(row: dict[str, Any]) -> str:
+    return str(row.get("prompt") or row.get("chosen") or row.get("answer"))[:80]
 
 
 class PairEncoder:
@@ -215,13 +236,13 @@ class PairEncoder:
         try:
             pair = read_pair(row)
         except UnusableRow as problem:
-            return {**_NOTHING, "status": str(problem)}
+            return {**NOTHING, "status": str(problem)}
         text, prompt_ids, prompt_cut = encode_turns(self.tokenizer, self.encoding, pair.turns)
         room = self.encoding.max_length - len(prompt_ids)
-        (chosen, chosen_cut), (rejected, rejected_cut) = (self._answer(a, room) for a in (pair.chosen, pair.rejected))
+        (chosen, chosen_cut), (rejected, rejected_cut) = (self.answer(a, room) for a in (pair.chosen, pair.rejected))
         answers_cut = chosen_cut + rejected_cut
         return {
-            "status": self._status(prompt_cut, answers_cut, chosen == rejected),
+            "status": self.status(prompt_cut, answers_cut, chosen == rejected),
             "prompt_text": text,
             "chosen_text": pair.chosen,
             "rejected_text": pair.rejected,
@@ -237,10 +258,10 @@ class PairEncoder:
             "answers_cut": answers_cut,
             "score_chosen": _number(row.get("score_chosen")),
             "score_rejected": _number(row.get("score_rejected")),
-            "checks": json.dumps(_without_nulls(row.get("checks"))),
+            "checks": written_checks(row),
         }
 
-    def _answer(self, answer: str, room: int) -> tuple[list[int], bool]:
+    def answer(self, answer: str, room: int) -> tuple[list[int], bool]:
         """Tokens of an answer with the one that ends it, and whether it lost its end."""
         end = self.tokenizer.eos_token_id
         ids = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], end]
@@ -248,78 +269,12 @@ class PairEncoder:
             return ids, False
         return ([*ids[: room - 1], end] if self.encoding.long_answers == "cut_with_eos" else ids[:room]), True
 
-    def _status(self, prompt_cut: bool, answers_cut: int, equal: bool) -> str:
+    def status(self, prompt_cut: bool, answers_cut: int, equal: bool) -> str:
         if prompt_cut and self.encoding.long_prompts != "keep_end":
             return _TOO_LONG
         if answers_cut and self.encoding.long_answers == "drop":
             return "an answer that is too long"
         return "answers that are equal when cut" if equal else "kept"
-
-
-class UnusableRow(Exception):
-    """A row that makes no pair; the text is the reason."""
-
-
-@dataclass(frozen=True)
-class RawPair:
-    """The turns of a prompt, the last one the user's, and two answers."""
-
-    turns: list[Turn]
-    chosen: str
-    rejected: str
-
-
-def read_pair(row: dict[str, Any]) -> RawPair:
-    """The pair of a row of any of these shapes.
-
-    - `prompt`, `chosen`, `rejected` are strings;
-    - `chosen` and `rejected` are lists of messages (`role`, `content`) that end with the assistant's answer. The turns
-      before it are the prompt, the same on both sides; a `prompt` column is then not looked at. Where the lists hold
-      the answer only, the prompt is the `prompt` column, a string or a list of messages;
-    - `chosen` and `rejected` are transcripts, `"\\n\\nHuman: ...\\n\\nAssistant: ..."`, and there is no `prompt`.
-
-    Raises:
-        UnusableRow: the row makes no pair.
-    """
-    given = row.get("prompt")
-    (before, chosen), (before_rejected, rejected) = (_split(row[side], given) for side in ("chosen", "rejected"))
-    if before != before_rejected:
-        raise UnusableRow("different turns before the answers")
-    turns = before or ([{"role": "user", "content": given}] if isinstance(given, str) else _turns(given or []))
-    if not turns:
-        raise UnusableRow("no prompt" if given is None else "an empty prompt")
-    if turns[-1]["role"] != "user":
-        raise UnusableRow("a prompt that does not end with the user's turn")
-    if not turns[-1]["content"].strip():
-        raise UnusableRow("an empty prompt")
-    if not chosen.strip() or not rejected.strip():
-        raise UnusableRow("an empty answer")
-    if chosen.strip() == rejected.strip():
-        raise UnusableRow("identical answers")
-    return RawPair(turns, chosen, rejected)
-
-
-def _split(side: str | Sequence[dict] | None, given) -> tuple[list[Turn], str]:
-    """The turns before the answer, where this side has them, and the answer."""
-    if isinstance(side, str):
-        if given is not None or not side.lstrip().startswith("Human:"):
-            return [], side
-        pieces = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", side)[1:]
-        roles = {"Human": "user", "Assistant": "assistant"}
-        turns = [{"role": roles[who], "content": text.strip()} for who, text in zip(pieces[::2], pieces[1::2])]
-    else:
-        turns = _turns(side or [])
-    if not turns:
-        return [], ""
-    if turns[-1]["role"] != "assistant":
-        raise UnusableRow("a last turn that is not the assistant's")
-    return turns[:-1], turns[-1]["content"]
-
-
-def _turns(messages: Sequence[dict]) -> list[Turn]:
-    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
-        raise UnusableRow("messages without role and content")
-    return [{"role": message["role"] or "", "content": message["content"] or ""} for message in messages]
 
 
 def encode_turns(tokenizer, rules: PairEncoding, turns: list[Turn]) -> tuple[str, list[int], bool]:
@@ -382,13 +337,10 @@ def _number(value) -> float | None:
     return None if value is None else float(value)
 
 
-def _without_nulls(checks: Sequence[dict] | None) -> list[dict] | None:
-    """Arrow gives every check the fields of all; those that it does not have are None."""
-    return (
-        None
-        if not checks
-        else [{name: value for name, value in check.items() if value is not None} for check in checks]
-    )
+def written_checks(row: dict[str, Any]) -> str:
+    """The checks of a row as JSON. Arrow gives every check the fields of all; those that it does not have are None."""
+    checks = row.get("checks") or []
+    return json.dumps([{name: v for name, v in check.items() if v is not None} for check in checks] or None)
 
 
 _COLUMNS = {  # of the result, by type
@@ -398,14 +350,14 @@ _COLUMNS = {  # of the result, by type
     "bool": ("prompt_cut",),
     "float64": ("score_chosen", "score_rejected"),
 }
-_NOTHING: dict[str, Any] = {
+NOTHING: dict[str, Any] = {
     name: {"string": "", "ids": [], "int64": 0, "bool": False, "float64": None}[kind]
     for kind, names in _COLUMNS.items()
     for name in names
 }
 
 
-def _features():
+def pair_features():
     from datasets import Features, Value
     from datasets import Sequence as Column
 

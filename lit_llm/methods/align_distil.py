@@ -22,22 +22,20 @@ from lit_llm.losses.preference import mean_by_sequence, sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
-from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.methods.frozen_pair import FrozenPair
-from lit_llm.methods.on_policy import OnPolicy, Rollouts
-from lit_llm.methods.preference import PreferenceMethod, hidden_of_pairs, sums_of_answers
+from lit_llm.methods.on_policy import OnPolicy
+from lit_llm.methods.preference import hidden_of_pairs, sums_of_answers
+from lit_llm.methods.preference_distillation import PreferenceDistillation
 from lit_llm.methods.stored_pair import StoredFrozen
 from lit_llm.methods.token_view import TokenView
-from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
-from lit_llm.models.quantization import keep_base_out_of_checkpoints
-from lit_llm.models.shared_base import AdaptedBase, frozen_beside
+from lit_llm.models.language_model import Frozen, ModelSpec
 from lit_llm.models.teacher_head import TeacherHead
 
 _LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
 _PER_TOKEN = ("alpha", "tvd", "beta", "expected_reward", "kl_dpo", "kl_other", "entropy", "teacher_entropy")
 
 
-class AlignDistil(PreferenceMethod):
+class AlignDistil(PreferenceDistillation):
     """Distil a policy from the distribution that lies beyond a DPO model, away from a reverse-DPO model.
 
     Loss of a token: beta_t KL(policy || teacher) over the whole vocabulary, with teacher and beta_t as in `combination`
@@ -64,8 +62,8 @@ class AlignDistil(PreferenceMethod):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
-    reference_parts = ("validation", "test")
     trains_on_both = False
+    one_base = True
     needs_teacher_embedding = False
     teacher_words = "DPO model"
 
@@ -84,80 +82,40 @@ class AlignDistil(PreferenceMethod):
         generation: Generation = Generation(),
         loss_chunk: Optional[int] = None,
     ) -> None:
-        super().__init__(student, None, optimization, generation, loss_chunk)
-        for name, spec in {"dpo": dpo, "other": other}.items():
-            if spec.lora is not None:
-                raise ValueError(
-                    f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
-                    "out: name the folder `model/` or `adapters/` that a run with adapters left."
-                )
+        super().__init__(student, {"dpo": dpo, "other": other}, on_policy, optimization, generation, loss_chunk)
         _check_store(teacher_store, on_policy)
         self.dpo_spec, self.other_spec, self.combination = dpo, other, combination
         self.form, self.reduction, self.watch_start = form, reduction, watch_start
-        self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
-        self.frozen_other: Frozen | None = None
-        self.frozen_start: Frozen | None = None
         self.view = self._new_view()
         self.frozen_pair = FrozenPair(self)
         holders = {"dpo": "frozen_teacher", "other": "frozen_other"} if teacher_store is not None else {}
         self.stores = {name: StoredFrozen(teacher_store, self, name, holder) for name, holder in holders.items()}
 
+    @property
+    def keeps_start(self) -> bool:
+        return self.watch_start
+
     # ---------------------------------------------------------------- models
 
-    def configure_model(self) -> None:
-        if self.frozen_other is None:
-            self._check_tokenizers()
-        super().configure_model()
-        if self.frozen_other is not None:
-            return
-        if self.student.base is not None and self.student_spec.source is not None:
-            keep_base_out_of_checkpoints(
-                self.student
-            )  # also from a store, whose filling put adapters into it for a while
-        self.frozen_teacher, self.frozen_other = self._frozen("dpo"), self._frozen("other")
-        if self.watch_start:
-            shared = self.student.base is not None
-            self.frozen_start = Frozen(AdaptedBase(self.student) if shared else self.student_spec.load())
-
-    def _frozen(self, name: str) -> Frozen:
-        """One of the two: in the policy's base where it can be, and only its head where a store has the rest."""
-        if name in self.stores:
-            return Frozen(self.stores[name].open())
-        return frozen_beside(self.student, self.student_spec, getattr(self, f"{name}_spec"), name)
+    def frozen_model(self, name: str) -> Frozen:
+        """One of the two, only its head where a store has the rest."""
+        return Frozen(self.stores[name].open()) if name in self.stores else super().frozen_model(name)
 
     def on_fit_start(self) -> None:
         for store in self.stores.values():
             store.fill()
         super().on_fit_start()
 
-    @property
-    def other(self) -> LanguageModel | TeacherHead:
-        return self.frozen_other.model
-
     def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:
         if isinstance(self.teacher, TeacherHead):
             return self.stores["dpo"].answers(prompts)
         return super().teacher_result(stage, prompts)
 
-    def _check_tokenizers(self) -> None:
-        for name, spec in {"dpo": self.dpo_spec, "other": self.other_spec}.items():
-            if not same_tokenizer(self.student_tokenizer, spec.load_tokenizer()):
-                raise ValueError(
-                    f"model.{name} ({spec.source}) has another tokenizer than model.student ({self.student_spec.source}), "
-                    "but AlignDistil compares the models column by column. Take models that started from one."
-                )
-
     # -------------------------------------------------------------- training
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        tokens, step_tokens, frozen = batch.chosen, batch.step_tokens, None
-        if self.rollouts is not None:
-            compared = self.rollouts.compared(batch)
-            step_tokens = compared.tokens
-            self.log("train/on_policy", float(compared.sampled), batch_size=1)
-            tokens = compared.batch.student if compared.sampled else tokens
-        if tokens is batch.chosen:
-            frozen = self.frozen_pair.of_chosen(batch)
+        tokens, step_tokens = self.learned_on(batch)
+        frozen = self.frozen_pair.of_chosen(batch) if tokens is batch.chosen else None
         samples = len(batch.examples)
         weights = sample_weights(tokens.sequence_T, samples, self.reduction)
         count = step_tokens if self.reduction == "token_mean" else batch.step_pairs
@@ -269,9 +227,7 @@ class AlignDistil(PreferenceMethod):
             "contrastive_": sums["dpo"] - sums["other"],
         }
         for name, reward_2B in rewards.items():
-            margin_B = beta * (reward_2B[0] - reward_2B[1])
-            sums = {f"{name}reward_margin": margin_B.sum(), f"{name}reward_accuracy": (margin_B > 0).sum()}
-            self.log_means(stage, sums, len(margin_B))
+            self.log_order(stage, name, beta * reward_2B)
 
     def _new_view(self) -> TokenView:
         return TokenView(("alpha", "tvd"), self.generation.shown)
@@ -298,13 +254,9 @@ class AlignDistil(PreferenceMethod):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             self._show_tokens("val")
-        if self.rollouts is not None and not self.trainer.sanity_checking:
-            batch = self.rollouts.of_validation()
-            if batch is not None:
-                self._evaluate_sampled(batch.student)
         super().on_validation_epoch_end()
 
-    def _evaluate_sampled(self, tokens: TokenBatch) -> None:
+    def evaluate_sampled(self, tokens: TokenBatch) -> None:
         """Rewards, divergences and lengths of answers that the policy samples to validation prompts."""
         samples = len(tokens.length_B)
         policy_TD, frozen = self.student.hidden(tokens), self.frozen_pair.hidden(tokens)
@@ -327,9 +279,6 @@ class AlignDistil(PreferenceMethod):
         if self.frozen_start is not None:
             kl = self._kl_to_start(policy_TD, self.frozen_start.model.hidden(tokens), tokens)
             self.log("val/sampled_kl_start_of_answer", kl / samples)
-        self.log("val/sampled_tokens", tokens.num_supervised / samples)
-        ended = (tokens.target_T == self.student_tokenizer.eos_token_id).sum() / samples
-        self.log("val/sampled_cut", 1 - ended)
 
     def _kl_to_start(self, policy_TD: Tensor, start_TD: Tensor, tokens: TokenBatch) -> Tensor:
         """KL(policy || start), summed over tokens."""
@@ -345,18 +294,6 @@ class AlignDistil(PreferenceMethod):
             chunk_size=self.loss_chunk,
         )
         return terms.kd
-
-    # ---------------------------------------------------------------- resume
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.rollouts is not None:
-            checkpoint["lit_llm"]["rollouts"] = self.rollouts.state()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if self.rollouts is not None:
-            self.rollouts.load_state(checkpoint["lit_llm"].get("rollouts", {}))
 
     def identity(self) -> dict[str, Any]:
         base = {} if self.student.base is None else {"base": self.student.base["weights"]}

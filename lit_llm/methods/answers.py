@@ -80,6 +80,11 @@ class Answering(L.LightningModule):
         return None if self.frozen_teacher is None else self.frozen_teacher.model
 
     @property
+    def sampler(self) -> LanguageModel:
+        """Whose answers on-policy training learns on."""
+        return self.student
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 

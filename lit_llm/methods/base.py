@@ -14,12 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.instructions import Instructions
+from lit_llm.data.labelled_answers import LabelledAnswers
 from lit_llm.data.preferences import Preferences
 from lit_llm.data.tokenized import Alignment
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import ModelSpec
+
+_LEARNED_FROM = {
+    Instructions: "prompts with answers",
+    Preferences: "pairs of answers",
+    LabelledAnswers: "answers labelled good or bad",
+}
 
 
 @dataclass
@@ -72,12 +80,12 @@ class Method(Answering):
     Attributes:
         alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
             the first one is used where the data does not choose.
-        on_pairs: whether batches are pairs of answers.
+        data_class: the data module that it learns from.
         compiles_loss: whether `--compile_loss` has something to compile.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
-    on_pairs = False
+    data_class: type = Instructions
     compiles_loss = True
 
     def __init__(
@@ -103,12 +111,17 @@ class Method(Answering):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
-        if data is not None and isinstance(data, Preferences) != self.on_pairs:
-            wanted = "Preferences" if self.on_pairs else "Instructions"
+        given = next((kind for kind in (LabelledAnswers, Preferences) if isinstance(data, kind)), Instructions)
+        if data is not None and given is not self.data_class:
             raise ValueError(
-                f"{type(self).__name__} learns from {'pairs of answers' if self.on_pairs else 'prompts with answers'}, but "
-                f"data.class_path is {type(data).__name__}. Set data.class_path: {wanted}."
+                f"{type(self).__name__} learns from {_LEARNED_FROM[self.data_class]}, but data.class_path is "
+                f"{type(data).__name__}. Set data.class_path: {self.data_class.__name__}."
             )
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether batches hold two answers to a prompt."""
+        return issubclass(self.data_class, Preferences)
 
     def configure_model(self) -> None:
         if self.student is None:

@@ -37,7 +37,8 @@ class DPO(PreferenceMethod):
     """Make preferred answers more likely than the others, relative to a reference (arXiv 2305.18290).
 
     The loss is the mean over the pairs of the optimizer step, all accumulation steps and ranks together. `kto` takes its
-    baselines from the pairs of a micro-batch, so there another split gives another loss.
+    baselines from the pairs of a micro-batch, so there another split gives another loss. `KTO` is for answers without a
+    partner, and has no such limit.
 
     Args:
         student: the policy that is trained.

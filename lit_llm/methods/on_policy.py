@@ -16,6 +16,7 @@ import torch
 
 from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.rollouts import Rollout, RolloutBatches
+from lit_llm.models.language_model import LanguageModel
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Rollouts:
 
     Args:
         settings: how to sample.
-        method: the LightningModule: its student answers the prompts of its trainer's data.
+        method: the LightningModule: its `sampler` answers the prompts of its trainer's data.
     """
 
     def __init__(self, settings: OnPolicy, method) -> None:
@@ -111,7 +112,7 @@ class Rollouts:
         prompts = self.method.trainer.datamodule.prompts("validation", self.settings.validation_prompts)
         if not prompts:
             return None
-        rollouts = self._sample([prompt.student_ids for prompt in prompts], seed=self.settings.seed)
+        rollouts = self._sample([prompt.student_ids for prompt in prompts], self.settings.seed, self.method.student)
         theirs = [prompt.teacher_ids or [] for prompt in prompts]
         return self.batches([prompt.student_ids for prompt in prompts], theirs, rollouts).to(self.method.device)
 
@@ -158,12 +159,13 @@ class Rollouts:
             for micro in step
         }
 
-    def _sample(self, prompts: list[list[int]], seed: int) -> list[Rollout]:
+    def _sample(self, prompts: list[list[int]], seed: int, model: LanguageModel | None = None) -> list[Rollout]:
+        """Answers of the method's sampler, or of another model."""
         settings, encoding = self.settings, self.method.trainer.datamodule.encoding
         limit = settings.max_new_tokens or encoding.max_length - encoding.max_prompt_length
         if not prompts:
             return []
-        answers = self.method.student.generate(
+        answers = (model or self.method.sampler).generate(
             prompts,
             max_new_tokens=limit,
             temperature=settings.temperature,

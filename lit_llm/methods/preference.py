@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.data.batch import PreferenceBatch
+from lit_llm.data.preferences import Preferences
 from lit_llm.losses.preference import PreferenceTerms, sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
@@ -39,7 +40,7 @@ class PreferenceMethod(Method):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
-    on_pairs = True
+    data_class = Preferences
     compiles_loss = False
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")

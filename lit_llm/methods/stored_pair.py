@@ -50,7 +50,7 @@ class StoredFrozen(StoredTeacher):
 
     def load(self) -> LanguageModel:
         method = self.method
-        return frozen_beside(method.student, method.student_spec, self.spec, self.name).model
+        return frozen_beside(method.student, method.student_spec, self.spec, self.name, must_share=True).model
 
     def load_only_head(self) -> TeacherHead:
         method = self.method

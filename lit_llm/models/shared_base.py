@@ -109,7 +109,9 @@ def using(model: nn.Module, adapter: str | None) -> Iterator[None]:
             layer._active_adapter, layer._disable_adapters = active, disabled
 
 
-def frozen_beside(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> Frozen:
+def frozen_beside(
+    student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str, must_share: bool = False
+) -> Frozen:
     """A frozen model beside one that is trained: in the same base where it is a fine-tune of it, or the base itself.
 
     Args:
@@ -117,14 +119,15 @@ def frozen_beside(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name
         ours: what it was made from.
         spec: of the frozen model.
         name: of the frozen model in the config, `dpo` for instance.
+        must_share: refuse adapters of another base, instead of loading them with it.
 
     Raises:
-        ValueError: adapters of another base than the student's (each difference with both values), or settings that the
+        ValueError: with `must_share`, adapters of another base than the student's (each difference with both values), or settings that the
             shared base does not have.
     """
     if is_base(student, ours, spec):
         return Frozen(AdaptedBase(student))
-    folder = _fitting_adapters(student, ours, spec, name)
+    folder = _fitting_adapters(student, ours, spec, name, must_share)
     if folder is None:
         return Frozen(spec.load())
     keep_base_out_of_checkpoints(student)  # and what lives in it
@@ -141,17 +144,22 @@ def is_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec) -> bool:
 
 
 def shares_base(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> bool:
-    """Whether a frozen model can live in the student's base; arguments and errors as in `frozen_beside`."""
-    return is_base(student, ours, spec) or _fitting_adapters(student, ours, spec, name) is not None
+    """Whether a frozen model can live in the student's base; arguments and errors as where it must."""
+    return is_base(student, ours, spec) or _fitting_adapters(student, ours, spec, name, True) is not None
 
 
-def _fitting_adapters(student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str) -> Path | None:
+def _fitting_adapters(
+    student: LanguageModel, ours: ModelSpec, spec: ModelSpec, name: str, must_share: bool
+) -> Path | None:
     """The folder of adapters on the student's base; None where it is a model of its own."""
     folder = adapter_folder(spec.source)
     if folder is None or student.base is None or ours.source is None:
         return None
     theirs = base_of(folder)
-    if differing := differences(theirs, student.base):
+    differing = differences(theirs, student.base)
+    if differing and not must_share:
+        return None
+    if differing:
         raise ValueError(
             f"model.{name}.source ({spec.source}) holds adapters of another base than that of model.student "
             f"({student.base['source']}):\n"

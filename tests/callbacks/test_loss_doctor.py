@@ -14,8 +14,9 @@ from tests.tiny_runs import METHODS, fit, tiny_config
 
 QUIET = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 TERMS = {"sft": {"ce"}} | {m: {"ce", "kd"} for m in METHODS if not m.startswith(("sft", "dskd"))}
-TERMS |= {m: {"preference"} for m in METHODS if m.startswith("dpo")}
+TERMS |= {m: {"preference"} for m in METHODS if m.startswith(("dpo", "kto"))}
 TERMS |= {m: {"kl"} for m in METHODS if m.startswith("align")}
+TERMS |= {"dckd": {"ce", "kl_chosen", "kl_rejected"}, "adpa": {"ce", "advantage"}}
 DUAL = {"ce", "t2s_ce", "t2s_kd", "s2t_kd"}
 
 
@@ -35,7 +36,10 @@ def doctor_rows(cli) -> dict[int, dict[str, float]]:
 
 
 # one of each kind of training step
-KINDS = ("sft", "kd", "dskd_v1", "dskd_cross", "dskd_cross_cma", "gold_cross", "kd_sampled", "dpo", "align")
+KINDS = (
+    *("sft", "kd", "dskd_v1", "dskd_cross", "dskd_cross_cma", "gold_cross", "kd_sampled"),
+    *("dpo", "align", "dckd", "adpa", "kto"),
+)
 
 
 @pytest.mark.parametrize("method", KINDS)

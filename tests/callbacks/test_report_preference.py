@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from lit_llm.callbacks.metrics_csv import MetricsFile
 from lit_llm.callbacks.report import write_report
@@ -140,3 +141,24 @@ def test_points_may_coincide_and_their_labels_do_not_overlap():
         figure = point_chart("a <b>", some, ("x", "y"))
         assert "nan" not in figure and figure.count("<circle") == len(some)
         assert figure.count('class=tick x="') < 20
+
+
+def test_a_run_on_labelled_answers_shows_its_labels_and_no_order_of_pairs(run):
+    rows = ("step,val/loss,val/label_accuracy,val/good_reward,val/bad_reward", "0,0.5,0.5,0,0", "8,0.4,0.8,0.2,-0.3")
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    text = text_of(write_report(run))
+    assert "Answers on their label's side of the baseline – 0.800" in text  # at the start every reward is 0
+    assert "Rewards of labelled answers, validation" in text and "Pairs in the data's order" not in text
+
+
+def test_a_run_with_one_teacher_does_not_speak_of_a_combined_one(run):
+    config = {"model": {"class_path": "DCKD", "init_args": {"student": {"source": "a"}, "teacher": {"source": "b"}}}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = (
+        "step,train/kl_chosen,val/reward_accuracy,val/kl_chosen,val/agreement",
+        "4,1.5,0.5,1.0,0.5",
+        "8,1.1,0.6,0.9,0.6",
+    )
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    text = text_of(write_report(run))
+    assert "Agreement with the teacher, validation" in text and "KL to the teacher per token, validation" in text

@@ -49,7 +49,13 @@ def test_a_wrong_column_lists_those_that_were_found(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("method", "data", "wanted"), [("sft", "Preferences", "Instructions"), ("dpo", "Instructions", "Preferences")]
+    ("method", "data", "wanted"),
+    [
+        ("sft", "Preferences", "Instructions"),
+        ("dpo", "Instructions", "Preferences"),
+        ("dpo", "LabelledAnswers", "Preferences"),
+        ("kto", "Preferences", "LabelledAnswers"),
+    ],
 )
 def test_data_of_the_wrong_kind_is_named_with_the_right_one(tmp_path, capfd, method, data, wanted):
     path = tiny_config(tmp_path, method)
@@ -60,7 +66,7 @@ def test_data_of_the_wrong_kind_is_named_with_the_right_one(tmp_path, capfd, met
     assert f"data.class_path is {data}. Set data.class_path: {wanted}" in text
 
 
-@pytest.mark.parametrize("method", ["dpo", "align"])
+@pytest.mark.parametrize("method", ["dpo", "align", "kto"])
 def test_compiling_a_loss_that_has_nothing_to_compile_is_refused(tmp_path, capfd, method):
     text = fit_message(capfd, tiny_config(tmp_path, method), "--compile_loss=true")
     assert "compile_loss is true, but no part of" in text

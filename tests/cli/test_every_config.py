@@ -32,7 +32,7 @@ def reduced(path: Path, folder: Path) -> Path:
     """What replaces models and data of a config; everything else stays as shipped."""
     config = yaml.safe_load(path.read_text())
     model = config["model"]["init_args"]
-    roles = ("student", "teacher", "reference", "dpo", "other")
+    roles = ("student", "teacher", "reference", "dpo", "other", "reference_teacher")
     sources = {role: model[role]["source"] for role in roles if role in model}
     # one config runs its stages as well; what they are in the others is a recipe of its own
     with_stages = path.parent == CONFIGS
@@ -42,7 +42,7 @@ def reduced(path: Path, folder: Path) -> Path:
     shorter = {"on_policy": {"max_new_tokens": 8, "validation_prompts": 2}} if "on_policy" in model else {}
     if "teacher_store" in model:
         shorter["teacher_store"] = {"folder": str(folder / "store")}
-    write = write_pairs if config["data"]["class_path"] == "Preferences" else write_rows
+    write = write_rows if config["data"]["class_path"] == "Instructions" else write_pairs
     folder.mkdir(exist_ok=True)
     settings = {
         "model": {"init_args": {role: {"source": stand_in(folder / role, s)} for role, s in sources.items()} | shorter},

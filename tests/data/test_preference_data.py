@@ -187,7 +187,7 @@ def test_a_file_that_holds_no_samples_is_refused(tools, tmp_path):
 
 
 def test_the_pairs_are_read_by_the_data_module_without_loss(rows):
-    from lit_llm.data.preference_pairs import read_pair
+    from lit_llm.data.preference_rows import read_pair
     from lit_llm.data.rows import load_rows
 
     for part, size in PARTS.items():

@@ -7,7 +7,8 @@ import datasets
 import pytest
 import torch
 
-from lit_llm.data.preference_pairs import PairEncoding, UnusableRow, encode_turns, read_pair, tokenize_pairs
+from lit_llm.data.preference_pairs import PairEncoding, encode_turns, tokenize_pairs
+from lit_llm.data.preference_rows import UnusableRow, read_pair
 from lit_llm.data.preferences import Preferences
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 

@@ -23,6 +23,7 @@ SPLITTABLE = {method: [] for method in METHODS} | {
     "dskd_sampled": SAME_ANSWERS,
     "dskd_cross_sampled": ["--model.init_args.projectors.masked_mean=labelled", *SAME_ANSWERS],
     "align_sampled": SAME_ANSWERS,
+    "adpa_sampled": SAME_ANSWERS,
 }
 
 
@@ -105,7 +106,19 @@ def test_twenty_steps_bring_the_student_closer_to_the_data(tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "method", ["sft", "dskd", "dskd_cross", "gold_cross", "dskd_cross_sampled", "dpo", "align", "align_sampled"]
+    "method",
+    [
+        "sft",
+        "dskd",
+        "dskd_cross",
+        "gold_cross",
+        "dskd_cross_sampled",
+        "dpo",
+        "align",
+        "align_sampled",
+        "dckd",
+        "adpa_sampled",
+    ],
 )
 def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
     options = ["--data.init_args.bucket=1", "--trainer.limit_val_batches=0", *SPLITTABLE[method]]

@@ -58,6 +58,47 @@ def test_every_loss_learns_to_prefer_the_chosen_answers(tmp_path, loss):
     assert found["val/reward_accuracy"] > 0.7 and found["val/reward_margin"] > 0
 
 
+FAMILY = {  # settings -> the settings from which they must differ
+    "loss=sigmoid": None,
+    "loss=sigmoid label_smoothing=0.2": "loss=sigmoid",
+    "loss=ipo": "loss=sigmoid",
+    "loss=ipo ipo_mean=true": "loss=ipo",
+    "loss=simpo": "loss=sigmoid",
+    "loss=simpo simpo_margin=2": "loss=simpo",
+    "loss=simpo label_smoothing=0.2": "loss=simpo",
+    "loss=kto": "loss=sigmoid",
+    "loss=tdpo1": "loss=sigmoid",
+    "loss=tdpo1 label_smoothing=0.2": "loss=tdpo1",
+    "loss=tdpo2": "loss=tdpo1",
+    "loss=tdpo2 tdpo_alpha=1.5": "loss=tdpo2",
+    "loss=tdpo2 label_smoothing=0.2": "loss=tdpo2",
+}
+
+
+def test_every_setting_of_the_family_has_a_finite_loss_and_moves_the_policy_its_own_way(tmp_path):
+    config, quiet = tiny_config(tmp_path, "dpo", max_steps=4), ONE_STEP[1:]
+    start = ModelSpec(source=str(config.parent / "student")).load().state_dict()
+    trained: dict[str, dict[str, torch.Tensor]] = {}
+    for settings, other in FAMILY.items():
+        options = [f"--model.init_args.{setting}" for setting in settings.split()]
+        cli = fit(config, *quiet, *options, "--model.init_args.optimization.lr=1e-3")
+        assert math.isfinite(metrics(cli)["train/loss"]), settings
+        weights = trained[settings] = {name: w.clone() for name, w in cli.model.student.state_dict().items()}
+        assert not any(torch.equal(value, start[name]) for name, value in weights.items()), settings
+        if other is not None:
+            gap = max((value - trained[other][name]).abs().max().item() for name, value in weights.items())
+            assert gap > 1e-6, settings
+
+
+def test_simpo_loads_no_reference(tmp_path, monkeypatch):
+    loaded, load = [], ModelSpec.load
+    monkeypatch.setattr(ModelSpec, "load", lambda spec: loaded.append(spec.source) or load(spec))
+    monkeypatch.setattr(ReferenceLogProbs, "fill", lambda *_: pytest.fail("a reference was asked"))
+    cli = fit(tiny_config(tmp_path, "dpo"), "--model.init_args.loss=simpo", "--model.init_args.beta=2.5")
+    assert loaded == [str(tmp_path / "student")] and cli.model.frozen_reference is None
+    assert "val/reward_accuracy" in cli.trainer.callback_metrics
+
+
 def test_reverse_dpo_begins_with_the_opposite_gradient_and_ends_with_the_opposite_preference(tmp_path):
     config = tiny_config(tmp_path, "dpo", dropout=0.0, max_steps=24, val_check_interval=24)
     ours, theirs = (gradients_of_first_batch(config, f"--model.init_args.reverse={r}") for r in ("false", "true"))
@@ -194,6 +235,10 @@ def test_testing_asks_the_reference_for_the_test_pairs(tmp_path):
             "model.reference is set, but model.loss is 'simpo'",
         ),
         ({"ipo_mean": True}, "model.ipo_mean is set, but model.loss is 'sigmoid'"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "model.label_smoothing is set, but model.loss is 'ipo'"),
+        ({"simpo_margin": 1.0}, "model.simpo_margin is set, but model.loss is 'sigmoid'"),
+        ({"loss": "tdpo1", "tdpo_alpha": 1.0}, "model.tdpo_alpha is set, but model.loss is 'tdpo1'"),
+        ({"loss": "tdpo2", "ipo_mean": True}, "model.ipo_mean is set, but model.loss is 'tdpo2'"),
         ({"loss": "kto", "label_smoothing": 0.1}, "model.label_smoothing is set, but model.loss is 'kto'"),
         ({"beta": 0.0}, "model.beta is 0.0"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),

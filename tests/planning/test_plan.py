@@ -12,7 +12,7 @@ from lit_llm.models.language_model import ModelSpec
 from lit_llm.planning.bodies import FakeModel, Precision
 from lit_llm.planning.live_bytes import LiveBytes
 from tests.tiny import tiny_model_folder
-from tests.tiny_runs import METHODS, fit, tiny_config
+from tests.tiny_runs import METHODS, ON_PAIRS, fit, tiny_config
 
 FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
@@ -65,9 +65,6 @@ def test_checkpointing_keeps_less_and_computes_more(tmp_path):
     spared = FakeModel(ModelSpec(source=folder, gradient_checkpointing=True), Precision()).cost(4, 40, 20, train=True)
     assert spared.kept < 0.5 * plain.kept
     assert spared.forward_flops + spared.backward_flops > 1.2 * (plain.forward_flops + plain.backward_flops)
-
-
-ON_PAIRS = ("dpo", "align")
 
 
 @pytest.mark.parametrize("method", ON_PAIRS)
