@@ -5,7 +5,7 @@
       reverse: {config: [dpo.yaml], set: {model.init_args.reverse: true}}
     model:
       init_args:
-        dpo: {source: "stage:dpo"}
+        dpo: {source: "stage:dpo"}      # its folder `model/`; "stage:dpo/adapters" are its adapters
 
 A stage is a `fit` of its own, in `ROOT/NAME/stages/STAGE/HASH`, where HASH names all that its result depends on: its resolved
 config, the content of the data files and weights that it names, and the version of lit_llm. Another config is another
@@ -41,7 +41,7 @@ class Stage:
     Args:
         config: its config files, beside the file that names the stage, or relative to the current folder.
         set: keys and values that override them, such as `model.init_args.reverse: true`; a value `stage:NAME` is the
-            model of an earlier stage.
+            model of an earlier stage, `stage:NAME/adapters` its adapters.
     """
 
     config: list[str]
@@ -71,7 +71,7 @@ class Stages:
         self.resolve, self.inherited = resolve, inherited
 
     def models(self, run_missing: bool) -> dict[str, str]:
-        """Stage -> folder of its model.
+        """What may stand behind `stage:` -> the folder that is meant.
 
         Args:
             run_missing: run what is not there yet; else it is an error.
@@ -94,7 +94,7 @@ class Stages:
                 raise FileNotFoundError(
                     f"{title} has not been run with this config: there is no {folder / 'stage.json'}.\n  `fit` runs it."
                 )
-            models[name] = str(folder / "model")
+            models |= {name: str(folder / "model"), f"{name}/adapters": str(folder / "adapters")}
         return models
 
     def _options(self, name: str, stage: Stage, models: dict[str, str]) -> list[str]:
@@ -130,7 +130,7 @@ class Stages:
 
 
 def referred(value: Any, models: dict[str, str]) -> Any:
-    """`stage:NAME` replaced by the folder of that stage's model, also within lists and dictionaries.
+    """`stage:NAME` replaced by the folder of that stage's model or adapters, also within lists and dictionaries.
 
     Raises:
         ValueError: no earlier stage of that name.

@@ -95,7 +95,7 @@ class LitTrainer(Trainer):
 
     def cache_teacher(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Write the teacher store that the config names, without training."""
-        if getattr(model, "store", None) is None:
+        if getattr(model, "store", None) is None and not getattr(model, "stores", None):
             raise ValueError(
                 "The config names no teacher store, so there is nothing to write. Set model.init_args.teacher_store.folder."
             )

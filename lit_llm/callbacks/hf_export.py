@@ -1,4 +1,4 @@
-"""The trained student as a plain Hugging Face folder, at the end of a run."""
+"""The trained student as a plain Hugging Face folder, its adapters beside it, at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class HfExport(L.Callback):
-    """Writes `model/` into the run folder when training ended well: all steps, `max_time` or early stopping.
+    """Writes `model/`, `adapters/` or both into the run folder when training ended well: all steps, `max_time` or early stopping.
 
     A run that was interrupted or failed gets none: its weights may stand in the middle of an optimizer step. Its last
     checkpoint can be exported with the command that is then shown. Rank zero writes, the others wait.
 
-    Reads of the method: `student.save(folder)`, which writes atomically and checks by reloading, and `run_folder`.
+    Reads of the method: `student.exports`, name of a folder -> what writes it, atomically and checked by reloading, and
+    `run_folder`.
 
-    Limit: a strategy that divides the student's weights among ranks must gather them in `student.save`.
+    Limit: a strategy that divides the student's weights among ranks must gather them in what writes.
     """
 
     def __init__(self) -> None:
@@ -27,9 +28,11 @@ class HfExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            folder = self._folder / "model"
-            pl_module.student.save(folder)
-            rank_zero_info(f"The trained model is in {folder}")
+            for name, save in pl_module.student.exports.items():
+                save(self._folder / name)
+                rank_zero_info(
+                    f"The trained {'adapters are' if name == 'adapters' else 'model is'} in {self._folder / name}"
+                )
         trainer.strategy.barrier("export of the trained model")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

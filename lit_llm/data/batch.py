@@ -124,10 +124,13 @@ class PreferenceBatch(_Movable):
         step_rejected_tokens: those of its rejected answers.
         num_tokens: real (not padding) tokens of this batch, both sides, prompts counted twice.
         examples: indices of the pairs in their dataset.
-        both: every prompt once, with both of its answers behind it.
+        both: every prompt once, with both of its answers behind it; None where nobody reads it.
         reference_B2: (B, 2) log-probabilities of the chosen and the rejected answers under a reference model, summed
             over supervised tokens, float32, where a method has stored them; else None.
         is_swapped: whether `both` begins with the rejected answers.
+        dpo_hidden: (T, E) last hidden states of AlignDistil's DPO model at the supervised tokens of the chosen answers and,
+            in evaluation, then of the rejected ones, where a store has them; None: it is to be run.
+        other_hidden: those of its other frozen model.
     """
 
     chosen: TokenBatch
@@ -140,6 +143,8 @@ class PreferenceBatch(_Movable):
     both: TokenBatch | None = None
     reference_B2: Tensor | None = None
     is_swapped: bool = False
+    dpo_hidden: Tensor | None = None
+    other_hidden: Tensor | None = None
 
     def swapped(self) -> PreferenceBatch:
         """The same pairs with the preference turned around."""

@@ -6,10 +6,11 @@ from typing import Literal, Optional
 
 from torch import Tensor
 
-from lit_llm.data.batch import PreferenceBatch, collate_branches, collate_tokens
+from lit_llm.data.batch import PreferenceBatch, TokenBatch, collate_branches, collate_tokens
 from lit_llm.data.planned_data import PlannedData, Split, check_room
 from lit_llm.data.preference_pairs import PairEncoding, PairSet, tokenize_pairs
 from lit_llm.data.step_sampler import MicroBatch, StepSampler
+from lit_llm.data.teacher_store import StoredPart
 
 
 class Preferences(PlannedData):
@@ -50,6 +51,7 @@ class Preferences(PlannedData):
     Attributes:
         reference: part -> (N, 2) log-probabilities of the chosen and rejected answers of each of its pairs under a
             reference model. A method that has them puts them here before batches are read, which then carry them.
+        stored: part -> name of a frozen model -> its hidden states on disk; likewise.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Preferences(PlannedData):
             long_answers=long_answers,
         )
         self.reference: dict[str, Tensor] = {}
+        self.stored: dict[str, dict[str, StoredPart]] = {}
 
     def _tokenized(self, split: Split) -> PairSet:
         return tokenize_pairs(
@@ -116,7 +119,15 @@ class Preferences(PlannedData):
         return super()._sampler(examples, lengths, other_supervised=examples.rejected_supervised, **settings)
 
     def _batches(self, split: Split) -> PreferenceBatches:
-        return PreferenceBatches(self.sets[split], self._tokenizer().pad_token_id, self.reference, split)
+        method = self.trainer.lightning_module
+        return PreferenceBatches(
+            self.sets[split],
+            self._tokenizer().pad_token_id,
+            self.reference,
+            split,
+            stored=self.stored.get(split, {}),
+            shared_prompts=split != "train" or getattr(method, "trains_on_both", True),
+        )
 
     def _tokenizer(self):
         """The policy's; every other model reads the same tokens."""
@@ -130,10 +141,28 @@ class Preferences(PlannedData):
 
 
 class PreferenceBatches:
-    """The finished batch of a `MicroBatch`, for a DataLoader's workers."""
+    """The finished batch of a `MicroBatch`, for a DataLoader's workers.
 
-    def __init__(self, examples: PairSet, pad_id: int, reference: dict[str, Tensor], split: Split) -> None:
+    Args:
+        examples: the pairs.
+        pad_id: any valid id.
+        reference: of `Preferences`.
+        split: the part.
+        stored: name of a frozen model -> its hidden states on disk.
+        shared_prompts: collate every prompt with both answers, too.
+    """
+
+    def __init__(
+        self,
+        examples: PairSet,
+        pad_id: int,
+        reference: dict[str, Tensor],
+        split: Split,
+        stored: dict[str, StoredPart] | None = None,
+        shared_prompts: bool = True,
+    ) -> None:
         self.examples, self.pad_id, self.reference, self.split = examples, pad_id, reference, split
+        self.stored, self.shared_prompts = stored or {}, shared_prompts
 
     def __getitem__(self, micro: MicroBatch) -> PreferenceBatch:
         rows = [self.examples[example] for example in micro.examples]
@@ -150,12 +179,14 @@ class PreferenceBatches:
             step_rejected_tokens=micro.step_other_tokens,
             num_tokens=int(chosen.length_B.sum() + rejected.length_B.sum()),
             examples=micro.examples,
-            both=collate_branches(
-                *([row[name] for row in rows] for name in ("student_prompt_ids", "chosen_ids", "rejected_ids")),
-                self.pad_id,
-            ),
+            both=self._shared(rows) if self.shared_prompts else None,
             reference_B2=self._reference(micro.examples),
+            **{f"{name}_hidden": part.read_pairs(micro.examples) for name, part in self.stored.items()},
         )
+
+    def _shared(self, rows: list[dict]) -> TokenBatch:
+        columns = ("student_prompt_ids", "chosen_ids", "rejected_ids")
+        return collate_branches(*([row[name] for row in rows] for name in columns), self.pad_id)
 
     def _reference(self, examples: tuple[int, ...]) -> Tensor | None:
         reference_N2 = self.reference.get(self.split)

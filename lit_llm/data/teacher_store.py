@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_llm.data.batch import SparseTargets, TokenBatch, collate_tokens
+from lit_llm.data.stored_answers import AnswerSet
 from lit_llm.data.tokenized import TokenizedSet
 from lit_llm.losses.divergence import at_least_float32
 from lit_llm.storage import write_atomically
@@ -72,7 +73,7 @@ class StoredPart:
 
     Args:
         folder: of this part.
-        examples: the tokenised part.
+        examples: the tokenised part, or answers of its pairs.
         binding: what the numbers depend on beside the data: name -> value that JSON can hold. `UNKNOWN` ones are not
             compared.
         shard_rows: rows of a shard, for a part that does not exist yet.
@@ -81,7 +82,9 @@ class StoredPart:
         ValueError: the folder holds a part with another binding (each difference with both values).
     """
 
-    def __init__(self, folder: Path, examples: TokenizedSet, binding: dict[str, Any], shard_rows: int) -> None:
+    def __init__(
+        self, folder: Path, examples: TokenizedSet | AnswerSet, binding: dict[str, Any], shard_rows: int
+    ) -> None:
         self.folder, self._examples = Path(folder), examples
         digest, lengths, rows = teacher_side(examples)
         counts = {"data": digest, "examples": len(lengths), "rows": int(rows.sum())}
@@ -287,6 +290,10 @@ class StoredPart:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
+    def read_pairs(self, pairs: tuple[int, ...]) -> Tensor:
+        """The same of the stored answers of some pairs, one side after the other."""
+        return self.read(self._examples.of(pairs))
+
 
 def encode_hidden(hidden_NE: Tensor, dtype: Literal["bfloat16", "float32", "int8"]) -> Encoded:
     """Hidden states as they are kept, and the relative error of each row, ||kept - h|| / ||h||.
@@ -322,10 +329,12 @@ def encode_top_k(log_p_NV: Tensor, k: int) -> Encoded:
     return tensors, {"rest_mass": rest_N, "uniform_tail_error": shortfall_N.clamp(min=0)}
 
 
-def teacher_side(examples: TokenizedSet) -> tuple[str, np.ndarray, np.ndarray]:
+def teacher_side(examples: TokenizedSet | AnswerSet) -> tuple[str, np.ndarray, np.ndarray]:
     """What the teacher reads of a part: a hash of its tokens and prompt lengths, and per example tokens and rows."""
     import pyarrow.compute as pc
 
+    if isinstance(examples, AnswerSet):
+        return examples.reading()
     side = "teacher" if examples.distinct_teacher else "student"
     table = examples.table.select_columns([f"{side}_ids", f"{side}_prompt"]).with_format("arrow")
     digest, all_lengths, all_rows = hashlib.sha256(), [], []

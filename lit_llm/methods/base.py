@@ -254,7 +254,7 @@ class Method(Answering):
             "method": type(self).__name__,
             "student": str(self.student_spec.source or self.student_spec.config),
             "student_shapes": {name: list(p.shape) for name, p in list(self.student.named_parameters())[:1]},
-            "student_parameters": sum(p.numel() for p in self.student.parameters()),
+            "student_parameters": self.student.num_parameters,
         }
 
     def on_train_start(self) -> None:

@@ -18,7 +18,8 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.methods.stored_teacher import StoredTeacher
-from lit_llm.models.language_model import Frozen, ModelSpec
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.shared_base import AdaptedBase, is_base
 from lit_llm.models.teacher_head import TeacherHead
 
 _EVALUATION_CACHE_BYTES = 512 * 2**20
@@ -70,7 +71,14 @@ class Distillation(Method):
     def configure_model(self) -> None:
         super().configure_model()
         if self.frozen_teacher is None:
-            self.frozen_teacher = Frozen(self.teacher_spec.load() if self.store is None else self.store.open())
+            self.frozen_teacher = Frozen(self._load_teacher())
+
+    def _load_teacher(self) -> LanguageModel | TeacherHead | AdaptedBase:
+        if self.store is not None:
+            return self.store.open()
+        if is_base(self.student, self.student_spec, self.teacher_spec):
+            return AdaptedBase(self.student)  # a policy with adapters that is held to where it started
+        return self.teacher_spec.load()
 
     def on_fit_start(self) -> None:
         if self.store is not None:

@@ -19,6 +19,7 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Optimization
 from lit_llm.methods.preference import PreferenceMethod, hidden_of_pairs, sequences
 from lit_llm.models.language_model import Frozen, ModelSpec
+from lit_llm.models.shared_base import AdaptedBase, frozen_beside
 
 PreferenceLoss = Literal["sigmoid", "ipo", "simpo", "kto", "tdpo1", "tdpo2"]
 _SMOOTHED = ("sigmoid", "simpo", "tdpo1", "tdpo2")
@@ -107,7 +108,7 @@ class DPO(PreferenceMethod):
     def configure_model(self) -> None:
         super().configure_model()
         if self.runs_reference and self.frozen_reference is None:
-            self.frozen_reference = Frozen(self._reference_spec().load())
+            self.frozen_reference = self._frozen_reference()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         batch = batch.swapped() if self.reverse else batch
@@ -175,14 +176,19 @@ class DPO(PreferenceMethod):
             terms = preference.tdpo2(*sums_2B, *reference_2B, *kl_2B, alpha=self.tdpo_alpha, **settings)
         return Scored(terms, sums_2B, kl_2B.detach())
 
-    def _reference_spec(self) -> ModelSpec:
-        spec = self.reference_spec or self.student_spec
+    def _frozen_reference(self) -> Frozen:
+        """The base without its adapters where the policy has them, else a copy of where it started."""
+        if self.reference_spec is not None:
+            return frozen_beside(self.student, self.student_spec, self.reference_spec, "reference")
+        if self.student.base is not None:
+            return Frozen(AdaptedBase(self.student))
+        spec = self.student_spec
         if spec.source is None:
             raise ValueError(
                 f"model.loss {self.loss!r} runs the reference beside the policy, but the policy starts at random "
                 "(student.config), which cannot be loaded a second time. Set model.reference."
             )
-        return spec
+        return Frozen(spec.load())
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "loss": self.loss, "reverse": self.reverse}

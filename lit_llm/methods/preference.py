@@ -29,6 +29,7 @@ class PreferenceMethod(Method):
     Attributes:
         needs_reference: whether losses or metrics compare with it.
         reference_parts: parts of the data for which it is asked.
+        trains_on_both: whether training reads the rejected answers too.
 
     Args:
         student: the policy that is trained.
@@ -43,6 +44,7 @@ class PreferenceMethod(Method):
     compiles_loss = False
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")
+    trains_on_both = True
 
     def __init__(
         self,

@@ -16,6 +16,9 @@ from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.methods.on_policy import OnPolicy, Rollouts
 from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.quantization import keep_base_out_of_checkpoints
+from lit_llm.models.shared_base import AdaptedBase, frozen_beside
+from lit_llm.models.teacher_head import TeacherHead
 
 
 class PreferenceDistillation(PreferenceMethod):
@@ -23,6 +26,7 @@ class PreferenceDistillation(PreferenceMethod):
 
     Attributes:
         keeps_start: whether the policy as it starts is kept beside the others, as `frozen_start`.
+        one_base: whether adapters of another base than the policy's are refused, as a mistake.
 
     Args:
         student: the policy that is trained.
@@ -35,6 +39,7 @@ class PreferenceDistillation(PreferenceMethod):
 
     reference_parts = ("validation", "test")
     keeps_start = False
+    one_base = False
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class PreferenceDistillation(PreferenceMethod):
             if spec.lora is not None:
                 raise ValueError(
                     f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
-                    "out: a model trained with adapters is exported with them merged."
+                    "out: name the folder `model/` or `adapters/` that a run with adapters left."
                 )
         self.teacher_specs = teachers
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
@@ -62,15 +67,24 @@ class PreferenceDistillation(PreferenceMethod):
         if self.frozen_teacher is None:
             self._check_tokenizers()
         super().configure_model()
-        if self.frozen_teacher is None:
-            self.frozen_teacher, *others = (Frozen(spec.load()) for spec in self.teacher_specs.values())
-            if others:
-                (self.frozen_other,) = others
-            if self.keeps_start:
-                self.frozen_start = Frozen(self.student_spec.load())
+        if self.frozen_teacher is not None:
+            return
+        has_base = self.student.base is not None
+        if has_base and self.student_spec.source is not None:
+            keep_base_out_of_checkpoints(self.student)  # whatever adapters live in it, for now or for the whole run
+        self.frozen_teacher, *others = map(self.frozen_model, self.teacher_specs)
+        if others:
+            (self.frozen_other,) = others
+        if self.keeps_start:
+            self.frozen_start = Frozen(AdaptedBase(self.student) if has_base else self.student_spec.load())
+
+    def frozen_model(self, name: str) -> Frozen:
+        """One of the frozen models, in the policy's base where it can be."""
+        spec = self.teacher_specs[name]
+        return frozen_beside(self.student, self.student_spec, spec, name, must_share=self.one_base)
 
     @property
-    def other(self) -> LanguageModel:
+    def other(self) -> LanguageModel | TeacherHead:
         return self.frozen_other.model
 
     def _check_tokenizers(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_llm.models.generation import evaluating
 from lit_llm.models.language_model import LanguageModel
+from lit_llm.models.shared_base import AdaptedBase
 from lit_llm.models.weights import state_digest
 from lit_llm.storage import cache_folder, write_atomically
 
@@ -70,8 +71,10 @@ class ReferenceLogProbs:
         self.parts, self._trained = parts, True
 
     def _model(self) -> LanguageModel:
-        """The reference itself: the policy where it has not been trained yet, else another copy."""
+        """The reference itself: the policy where it has not been trained yet, its base, else another copy."""
         method = self.method
+        if method.reference_spec is None and method.student.base is not None:
+            return AdaptedBase(method.student)
         spec = method.reference_spec or (method.student_spec if self._trained else None)
         if spec is None:
             return method.student

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_llm.data.batch import TokenBatch
 from lit_llm.data.teacher_store import UNKNOWN, Encoded, StoredPart, TeacherStore, encode_hidden, encode_top_k
@@ -38,6 +38,36 @@ class StoredTeacher:
         self.parts: dict[str, StoredPart] = {}
         self._told = False
 
+    # ------------------------------------------------- what a subclass changes
+
+    @property
+    def spec(self):
+        return self.method.teacher_spec
+
+    @property
+    def held(self) -> LanguageModel | TeacherHead:
+        """The frozen model, as much of it as there is."""
+        return self.method.teacher
+
+    def hold(self, model: nn.Module) -> None:
+        self.method.frozen_teacher = Frozen(model)
+
+    def load(self) -> LanguageModel:
+        return self.spec.load()
+
+    def load_only_head(self) -> TeacherHead:
+        return load_head(self._head_file, _dtype(self.spec), self.method.needs_teacher_embedding)
+
+    def examples(self, data, part: str):
+        """What is stored of a part of the data."""
+        return data.sets[part]
+
+    def hand_over(self) -> None:
+        if self.parts:
+            self.method.trainer.datamodule.stored = self.parts
+
+    shows_answers = True  # whether samples show what it answers
+
     # --------------------------------------------------------------- opening
 
     def open(self) -> LanguageModel | TeacherHead:
@@ -46,26 +76,25 @@ class StoredTeacher:
         Raises:
             ValueError: the store was written for something else (each difference with both values).
         """
-        spec, stage = self.method.teacher_spec, self._stage
-        model = spec.load() if spec.source is None else None  # a random start has no file that could be hashed
+        spec, stage = self.spec, self._stage
+        model = self.load() if spec.source is None else None  # a random start has no file that could be hashed
         teacher = self._teacher_binding(model)
         if stage == "test":
             rank_zero_info("The teacher store holds no test data: the teacher is run.")
-            return model or spec.load()
+            return model or self.load()
         self.parts = self._plan(teacher)
         if self._is_complete(teacher):
-            self._hand_over()
+            self.hand_over()
             rank_zero_info(f"The teacher's hidden states come from {self.folder}; its body is not loaded.")
-            embedding = self.method.needs_teacher_embedding
-            return keep_head(model, embedding) if model else load_head(self._head_file, _dtype(spec), embedding)
-        model = model or spec.load()
+            return keep_head(model, self.method.needs_teacher_embedding) if model else self.load_only_head()
+        model = model or self.load()
         if stage != "fit":
             self.parts = {}
             return model
         if UNKNOWN in teacher.values():
             teacher = self._teacher_binding(model)
             self.parts = self._plan(teacher)
-        self._hand_over()
+        self.hand_over()
         if self.method.trainer.is_global_zero:
             save_head(model, self._head_file, _digest(teacher))  # before a strategy changes its precision
         return model
@@ -93,10 +122,6 @@ class StoredTeacher:
         known = {name: recorded.get(name) if value == UNKNOWN else value for name, value in teacher.items()}
         return head_key(self._head_file) == _digest(known)
 
-    def _hand_over(self) -> None:
-        if self.parts:
-            self.method.trainer.datamodule.stored = self.parts
-
     def _plan(self, teacher: dict[str, Any]) -> dict[str, StoredPart]:
         if self._stage not in ("fit", "validate"):
             return {}
@@ -104,7 +129,7 @@ class StoredTeacher:
         if not hasattr(data, "stored"):
             raise ValueError(
                 f"model.teacher_store.folder is {self.settings.folder!r}, but {type(data).__name__} cannot read a "
-                "store. Leave teacher_store out, or take the data module Instructions."
+                "store. Leave teacher_store out, or take the data module Instructions or, for AlignDistil, Preferences."
             )
         parts = [part for part in ("train", "validation") if part in data.sets]
         if self._stage == "fit" and self.method.trainer.limit_val_batches == 0:
@@ -112,7 +137,7 @@ class StoredTeacher:
         return {
             part: StoredPart(
                 self.folder / part,
-                data.sets[part],
+                self.examples(data, part),
                 {**teacher, **self._reading(data), **self._kept(part)},
                 self.settings.shard_rows,
             )
@@ -120,7 +145,7 @@ class StoredTeacher:
         }
 
     def _teacher_binding(self, model: LanguageModel | None) -> dict[str, Any]:
-        spec = self.method.teacher_spec
+        spec = self.spec
         if spec.source is None:
             weights, config = state_digest(model.model), _digest(spec.config)
         else:
@@ -133,7 +158,7 @@ class StoredTeacher:
         tokenizer = self.method.teacher_tokenizer or self.method.student_tokenizer
         special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         encoding = asdict(data.encoding)
-        del encoding["alignment"]  # the teacher does not see it
+        encoding.pop("alignment", None)  # the teacher does not see it
         digest = _digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, special])
         return {"precision": str(self.method.trainer.precision), "tokenizer": digest, **encoding}
 
@@ -151,7 +176,7 @@ class StoredTeacher:
     def fill(self) -> None:
         """Write what is missing, with all processes of the run, and let the teacher's body go."""
         method, trainer = self.method, self.method.trainer
-        if not self.parts or isinstance(method.teacher, TeacherHead):
+        if not self.parts or isinstance(self.held, TeacherHead):
             return
         for name, part in self.parts.items():
             if trainer.is_global_zero:
@@ -170,7 +195,7 @@ class StoredTeacher:
                 rank_zero_info(_summary(part, facts))
             trainer.strategy.barrier("teacher store closed")
         self._keep_answers()
-        method.frozen_teacher = Frozen(keep_head(method.teacher, method.needs_teacher_embedding))
+        self.hold(keep_head(self.held, method.needs_teacher_embedding))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -181,14 +206,14 @@ class StoredTeacher:
     @torch.no_grad()
     def _hidden(self, part: str, examples: list[int]) -> Tensor:
         with self.method.trainer.precision_plugin.forward_context():
-            return self.method.teacher.hidden(self._tokens(part, examples))
+            return self.held.hidden(self._tokens(part, examples))
 
     @torch.no_grad()
     def _encode(self, part: str, examples: list[int]) -> Encoded:
         hidden_NE = self._hidden(part, examples)
         if not self._is_sparse(part):
             return encode_hidden(hidden_NE, self.settings.dtype)
-        head, k = self.method.teacher.head, self.settings.top_k
+        head, k = self.held.head, self.settings.top_k
         head = head.rows(min(head.num_rows, self.method.student.vocab_size))
         if k >= head.num_rows:
             raise ValueError(
@@ -221,7 +246,7 @@ class StoredTeacher:
     def _keep_answers(self) -> None:
         """Let the teacher answer the validation prompts while it is still there."""
         method, limit = self.method, self.method.generation.prompts
-        prompts = [] if limit == 0 else method.trainer.datamodule.prompts("validation", limit)
+        prompts = [] if limit == 0 or not self.shows_answers else method.trainer.datamodule.prompts("validation", limit)
         if "validation" in self.parts and prompts and method.trainer.is_global_zero:
             result = method.teacher_result("val", prompts)
             scores = {name: score.item() for name, score in result["scores"].items()}

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+FROZEN = "frozen_"  # begins the name of adapters that stay as they are, beside those that are trained
+
 
 @dataclass
 class Lora:
@@ -18,12 +20,15 @@ class Lora:
         dropout: on the adapters' input.
         target_modules: names of the layers that are adapted, or `all-linear` (all but the head); None: peft's choice
             for the architecture.
+        saved: what a run leaves: `merged`, a plain model in `model/`; `adapters`, small, in `adapters/` with the identity of
+            their base; or `both`.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: Literal["all-linear"] | list[str] | None = None
+    saved: Literal["both", "merged", "adapters"] = "both"
 
     def __post_init__(self) -> None:
         if self.rank < 1:

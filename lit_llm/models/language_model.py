@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from lit_llm.data.batch import TokenBatch
 from lit_llm.losses.head import Head
 from lit_llm.models import generation, quantization, sources
-from lit_llm.models.adapters import Lora, with_adapters
+from lit_llm.models.adapter_folder import adapter_folder, base_identity, save_adapters, with_merged_adapters
+from lit_llm.models.adapters import FROZEN, Lora, with_adapters
 from lit_llm.models.generation import Sampling
 from lit_llm.models.quantization import Quantization
-from lit_llm.storage import complete_folder
+from lit_llm.models.saving import save_model
 
 _TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
 _TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
@@ -32,7 +33,8 @@ class ModelSpec:
     """Which model, and how it is held.
 
     Args:
-        source: a hub id, a local folder, or `package:NAME` for a model shipped inside a wheel of the package index.
+        source: a hub id, a local folder, or `package:NAME` for a model shipped inside a wheel of the package index. A
+            folder `adapters/` that a run with `lora` left stands for its base with the adapters merged.
         config: a random start instead: fields of a transformers config with `model_type`, e.g.
             {model_type: llama, hidden_size: 64, ...}; needs `tokenizer`, whose special tokens it takes, and whose size
             where `vocab_size` is left out. The weights follow torch's global generator (`seed_everything`).
@@ -100,16 +102,21 @@ class ModelSpec:
             model.activation_checkpointing_enable({"use_reentrant": False})
         if self.quantization is not None and self.lora is not None:
             model = quantization.prepared_for_adapters(model)
+        base = None
         if self.lora is not None:
+            base = base_identity(self, model)
             model = with_adapters(model, self.lora)
         plain = None if self.quantization is None else partial(self._plain, tokenizer)
         # transformers hands models out in eval mode
-        return LanguageModel(model, tokenizer, self.trim_head, plain).train()
+        saved = None if self.lora is None else self.lora.saved
+        return LanguageModel(model, tokenizer, self.trim_head, plain, base, saved).train()
 
     def _transformer(self, tokenizer, kind: Quantization | None) -> nn.Module:
         dtype = getattr(torch, self.dtype)
         if self.source is None:
             return sources.random_start(self.config, self.attention, dtype, tokenizer)
+        if (folder := adapter_folder(self.source)) is not None:
+            return with_merged_adapters(folder, self)
         settings = None if kind is None else quantization.quantization_config(kind, dtype)
         model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
         if kind is not None:
@@ -132,6 +139,8 @@ class LanguageModel(nn.Module):
         tokenizer: a fast tokenizer with eos and pad.
         trim_head: leave out the head's rows beyond the tokenizer's ids.
         plain: builds the same model without quantisation, for saving; None where it is not quantised.
+        base: identity of the model under the adapters (`base_identity`); None where there are no adapters.
+        saved: what a run leaves of it, see `Lora`; None: the model.
 
     Raises:
         ValueError: the tokenizer has ids without a row in the head; or the architecture is outside the tested ones and
@@ -139,10 +148,16 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer, trim_head: bool = True, plain: Callable[[], nn.Module] | None = None
+        self,
+        model: nn.Module,
+        tokenizer,
+        trim_head: bool = True,
+        plain: Callable[[], nn.Module] | None = None,
+        base: dict[str, Any] | None = None,
+        saved: Literal["both", "merged", "adapters"] | None = None,
     ) -> None:
         super().__init__()
-        self._plain = plain
+        self._plain, self.base, self._saved = plain, base, saved or "merged"
         if plain is not None:
             quantization.keep_base_out_of_checkpoints(self)
         self.model, self.tokenizer, self.trim_head = model, tokenizer, trim_head
@@ -172,7 +187,8 @@ class LanguageModel(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Its own: base and adapters that are trained, without what others keep beside them."""
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if f".{FROZEN}" not in name)
 
     @property
     def head(self) -> Head:
@@ -340,6 +356,16 @@ class LanguageModel(nn.Module):
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed=seed)
         return generation.stream(self.transformer, self.tokenizer, prompt, sampling, num_tokens=self.head.num_rows)
 
+    @property
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        """What a run leaves of it: name of a folder -> what writes it."""
+        kinds = {"merged": {"model": self.save}, "adapters": {"adapters": self.save_adapters}}
+        return kinds.get(self._saved) or kinds["merged"] | kinds["adapters"]
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write the adapters with the identity of their base; the folder appears when it is complete."""
+        save_adapters(self.model, self.tokenizer, self.base, folder)
+
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder: config, safetensors, tokenizer; adapters merged into a copy.
 
@@ -350,12 +376,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: the reloaded weights differ.
         """
-        merged = self._merged()
-        generation.settle_defaults(merged, self.tokenizer, self.head.num_rows)
-        with complete_folder(Path(folder)) as scratch:
-            merged.save_pretrained(scratch)
-            self.tokenizer.save_pretrained(scratch)
-            _check_saved(merged, scratch)
+        save_model(self._merged(), self.tokenizer, self.head.num_rows, Path(folder))
 
     def _merged(self) -> nn.Module:
         if self._plain is not None:
@@ -384,23 +405,3 @@ class Frozen(nn.Module):
 def _close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-2) -> bool:
     """Equal but for rounding, also in half precision; a scale or a cap that is missed changes more."""
     return torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
-
-
-def _check_saved(model: nn.Module, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    live = model.state_dict()
-    reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
-    different = sorted(live.keys() ^ reloaded.keys())
-    different += [name for name in live if name in reloaded and not _same_bits(live[name], reloaded[name])]
-    if different:
-        raise ValueError(
-            f"The model would not come back as it is: after saving, {len(different)} tensors differ, e.g. "
-            f"{different[0]}. Nothing was written to {folder.parent}."
-        )
-
-
-def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
-    ours, theirs = (tensor.detach().cpu().contiguous() for tensor in (ours, theirs))
-    same_kind = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    return same_kind and torch.equal(ours.view(-1).view(torch.uint8), theirs.view(-1).view(torch.uint8))

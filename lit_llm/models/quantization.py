@@ -75,6 +75,9 @@ def dequantized(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 def keep_base_out_of_checkpoints(module: nn.Module) -> None:
     """Let the state of `module` hold its trained parameters only; the rest stays as it is when a state is loaded."""
+    if getattr(module, "base_is_kept_out", False):
+        return
+    module.base_is_kept_out = True
     module.register_state_dict_post_hook(_drop_frozen)
     module.register_load_state_dict_pre_hook(_fill_frozen)
 

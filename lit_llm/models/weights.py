@@ -21,12 +21,16 @@ def source_digests(source: str) -> tuple[str | None, str | None]:
     Nothing is downloaded, except that a package is made. A file is read once: its hash is kept in the cache under
     its path, size and time of change.
 
+    A folder of adapters stands for what it adds to its base: the hash of its weights covers the identity of the base.
+
     Args:
         source: a hub id, a local folder, or `package:NAME`.
     """
     folder = _local_folder(source)
     if folder is None:
         return None, None
+    if (folder / "adapter_config.json").is_file():
+        return _adapter_digests(folder)
     files = _weight_files(folder)
     weights = hashlib.sha256("\n".join(_file_digest(file) for file in files).encode()).hexdigest() if files else None
     config = folder / "config.json"
@@ -51,7 +55,7 @@ def content_digest(path: str) -> str | None:
         return None
     if place.is_file():
         return _file_digest(place)
-    if (place / "config.json").is_file():
+    if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
         return hashlib.sha256(json.dumps(source_digests(path)).encode()).hexdigest()
     return None
 
@@ -80,6 +84,18 @@ def _weight_files(folder: Path) -> list[Path]:
         if all(file.is_file() for file in files):
             return files
     return []
+
+
+def _adapter_digests(folder: Path) -> tuple[str, str]:
+    base = folder / "base.json"
+    parts = [_file_digest(folder / "adapter_model.safetensors")]
+    if base.is_file():
+        parts.append({**json.loads(base.read_text()), "source": None})  # where it came from is not what it is
+    settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": None}
+    weights, config = (
+        hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (parts, settings)
+    )
+    return weights, config
 
 
 def _file_digest(file: Path) -> str:

@@ -40,6 +40,8 @@ def reduced(path: Path, folder: Path) -> Path:
         sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
     sources = {role: sources["student"] if s.startswith("stage:") else s for role, s in sources.items()}
     shorter = {"on_policy": {"max_new_tokens": 8, "validation_prompts": 2}} if "on_policy" in model else {}
+    if "teacher_store" in model:
+        shorter["teacher_store"] = {"folder": str(folder / "store")}
     write = write_rows if config["data"]["class_path"] == "Instructions" else write_pairs
     folder.mkdir(exist_ok=True)
     settings = {
