@@ -349,6 +349,46 @@ def test_segments_of_fixed_length_hold_what_exact_ones_hold():
     assert sum(int(part.inside_Mk.sum()) for part in exact) == int((experts < 6).sum())
 
 
+class Poisoned(torch.autograd.Function):
+    """Puts NaN where a grouped product leaves memory as it was: beyond the last end, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, rows, end):
+        ctx.end = end
+        return Poisoned.tail(rows, end)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Poisoned.tail(grad, ctx.end), None
+
+    @staticmethod
+    def tail(rows, end):
+        return torch.cat([rows[:end], torch.full_like(rows[end:], float("nan"))])
+
+
+@pytest.mark.parametrize("classifier", [None, "token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_beyond_the_rows_of_a_segment_reaches_nothing(kind, classifier, monkeypatch):
+    def results():
+        block = routed(kind, classifier=classifier, backend="grouped", layer=LengthUnknown)
+        torch.manual_seed(2)
+        x = torch.randn(2, 9, 16, requires_grad=True)
+        y = block(x)
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for part in (block.experts, block.router) for p in part.parameters())]
+
+    clean, product = results(), torch.nn.functional.grouped_mm
+    ends = []
+
+    def poisoning(rows, weights, offs):
+        ends.append(int(offs[-1]) < len(rows))
+        return Poisoned.apply(product(Poisoned.apply(rows, int(offs[-1])), weights, offs=offs), int(offs[-1]))
+
+    monkeypatch.setattr(dispatch.F, "grouped_mm", poisoning)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(), clean))
+    assert any(ends)
+
+
 # ------------------------------------------------------------ the classifier
 
 

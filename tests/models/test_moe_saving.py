@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.models.language_model import LanguageModel, ModelSpec
 from lit_llm.models.moe_saving import apply_delta, family_classes, save_delta
@@ -63,6 +63,7 @@ def test_our_loader_reads_it_trains_it_and_writes_it_again(tmp_path, byte_level_
     second = ModelSpec(source=str(tmp_path / "expanded"), gradient_checkpointing=True).load()
     assert second.family == first.family == "llama" and not second._packing_unknown
     assert torch.equal(logits(second.transformer.eval()), logits(first.transformer.eval()))
+    assert AutoTokenizer.from_pretrained(tmp_path / "expanded").get_vocab() == byte_level_tokenizer.get_vocab()
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
     assert second.generate(prompts, max_new_tokens=6) == first.generate(prompts, max_new_tokens=6)
     plan = plan_of(second.transformer).with_group("second", ["hi"], [2, 1, 1])
