@@ -408,6 +408,24 @@ def test_a_gate_by_label_follows_labels_in_training_only(scope):
     block(x)
 
 
+def test_a_class_per_group_of_languages_limits_how_far_its_tokens_are_routed():
+    block = routed(counts=(2, 2), dtype=torch.float64)
+    block.classifier = Classifier(16, reach=(1, 3, 5)).double()
+    block.classifier.reset(torch.Generator().manual_seed(0))
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    with collect_routing(block) as records:
+        y = block(x).flatten(0, 1)
+    judged = records[0].classifier_logits.argmax(-1)
+    experts, tokens = experts_one_by_one(block), x.flatten(0, 1)
+    for group, reach in enumerate((1, 3, 5)):
+        chosen = judged == group
+        assert 5 < chosen.sum() < 60
+        expected, _ = routed_layer(tokens[chosen], block.router.weight[:reach], experts[:reach], 2)
+        torch.testing.assert_close(y[chosen], expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"reach is \(2, 3\)"):
+        Classifier(16, reach=(2, 3))
+
+
 def test_the_threshold_moves_the_decision():
     block = routed(classifier="token").eval()
     x = torch.randn(2, 50, 16)
