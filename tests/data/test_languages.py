@@ -13,7 +13,12 @@ from lit_llm.data.languages import Languages
 from lit_llm.models.language_model import LanguageModel
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
 
-WORDS = {"en": "the cat saw a dog and ran", "es": "el gato vio un perro", "hu": "macska látott egy kutyát és", "tr": "kedi"}
+WORDS = {
+    "en": "the cat saw a dog and ran",
+    "es": "el gato vio un perro",
+    "hu": "macska látott egy kutyát és",
+    "tr": "kedi",
+}
 
 
 def passage(language: str, number: int) -> str:
@@ -207,7 +212,11 @@ def test_workers_build_the_same_batches(groups):
 
 def test_another_seed_changes_the_order_of_rows_and_not_the_rows(groups):
     ones, others = (
-        [tuple(row.tolist()) for batch in module(groups, seed=seed, batch_size=1).train_dataloader() for row in batch.student.ids_BL]
+        [
+            tuple(row.tolist())
+            for batch in module(groups, seed=seed, batch_size=1).train_dataloader()
+            for row in batch.student.ids_BL
+        ]
         for seed in (0, 1)
     )
     assert ones != others and sorted(ones) == sorted(others)
@@ -338,7 +347,10 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
     [
         ({"tokens": {"hu": 100}}, "data.tokens gives numbers for hu, but this stage trains on hu, tr"),
         ({"tokens": {"hu": 64, "tr": 64, "en": 64}}, "this stage trains on hu, tr"),
-        ({"tokens": {"hu": 64, "tr": 31}}, "'tr' would have 31 training tokens, less than one row of data.row_length 32"),
+        (
+            {"tokens": {"hu": 64, "tr": 31}},
+            "'tr' would have 31 training tokens, less than one row of data.row_length 32",
+        ),
         ({"tokens": 9999, "repeat": False}, "'hu' is to have .* but its text has .* data.repeat is false"),
         ({"batch_size": 999}, "fewer than one micro-batch"),
     ],
@@ -368,6 +380,23 @@ def test_corpora_that_are_none_are_refused(tmp_path, name, content, words):
         (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         module({"new": {"hu": str(tmp_path / name)}})
+
+
+def test_a_hub_that_is_not_reached_is_told_without_its_prefix():
+    with pytest.raises(ValueError, match="'nobody/nothing@train' is neither a file, nor a folder, nor a data set"):
+        module({"new": {"hu": "hub:nobody/nothing@train"}})
+
+
+def test_with_three_groups_the_newest_is_added_and_all_others_are_replayed(groups, tmp_path):
+    files = {**groups["old"], **groups["new"]}
+    three = {"first": {"en": files["en"]}, "second": {"hu": files["hu"]}, "third": {"tr": files["tr"]}}
+    assert set(texts_of(module(three), "train")) == {"tr"}
+    data = module(three, stage=2, tokens=6400, old_share=0.25)
+    tokens = [int(counts.sum()) for counts in data.sets["train"].group_tokens]
+    assert (tokens[0] + tokens[1]) / sum(tokens) == pytest.approx(0.25, abs=0.01)
+    batches = list(data.train_dataloader())
+    assert {group for batch in batches for group in batch.group_BL.unique().tolist()} == {0, 1, 2}
+    assert all(len(batch.step_group_tokens) == 3 for batch in batches)
 
 
 def test_the_test_command_without_test_text_is_refused(groups):

@@ -20,7 +20,11 @@ def config(tmp_path):
         "seed_everything": 3,
         "model": {
             "class_path": "SFT",
-            "init_args": {"student": {"source": str(folder)}, "optimization": {"lr": 1e-2}, "generation": {"prompts": 2}},
+            "init_args": {
+                "student": {"source": str(folder)},
+                "optimization": {"lr": 1e-2},
+                "generation": {"prompts": 2},
+            },
         },
         "data": {
             "class_path": "Languages",

@@ -6,7 +6,7 @@ import pytest
 
 from lit_llm.data.message_catalogues import Message, passages, read_mo, read_po, sentences
 
-PO = r'''# Translators:
+PO = r"""# Translators:
 msgid ""
 msgstr ""
 "Content-Type: text/plain; charset=UTF-8\n"
@@ -39,7 +39,7 @@ msgstr[1] "%d oldal törölve."
 
 #~ msgid "An obsolete one is gone."
 #~ msgstr "Ez már nincs."
-'''
+"""
 
 
 def write_mo(pairs: dict[str, str], order: str = "<") -> bytes:

@@ -32,7 +32,9 @@ FILES = {
     "tool/__init__.py": b"raise SystemExit",
     "tool/locale/en/LC_MESSAGES/django.po": catalogue("", 40, translated=False),
     "tool/locale/hu/LC_MESSAGES/django.po": catalogue("Az oldal", 40),
-    "tool/locale/hu/LC_MESSAGES/django.mo": write_mo({"Something else is here now.": "Itt most valami egészen más van."}),
+    "tool/locale/hu/LC_MESSAGES/django.mo": write_mo(
+        {"Something else is here now.": "Itt most valami egészen más van."}
+    ),
     "tool/locale/tr_TR/LC_MESSAGES/django.po": catalogue("Sayfa", 30),
     "tool/locale/es_ES/LC_MESSAGES/django.po": catalogue("Página", 20),
     "tool/locale/es_MX/LC_MESSAGES/django.po": catalogue("Hoja", 20),
@@ -75,7 +77,9 @@ def test_a_wheel_becomes_one_file_of_passages_for_each_language(tool):
     assert len(lines) > 2 and lines[0].startswith("Az oldal 0 nem található már sehol. Az oldal 1 ")
     assert " ".join(lines).count("Az oldal") == 40 and "egészen" not in " ".join(lines)
     manifest = json.loads((file.parent / "lit_llm_text.json").read_text())
-    assert manifest["passages"]["hu"] == len(lines) and manifest["sha256"] == hashlib.sha256(tool.read_bytes()).hexdigest()
+    assert (
+        manifest["passages"]["hu"] == len(lines) and manifest["sha256"] == hashlib.sha256(tool.read_bytes()).hexdigest()
+    )
     assert in_cache() == ["tool-1.0"]
 
 
@@ -90,7 +94,9 @@ def test_catalogues_in_binary_form_are_read_where_there_is_no_other(tool):
     assert file.read_text() == "Strony nigdzie nie znaleziono.\n"
 
 
-@pytest.mark.parametrize(("language", "code"), [("tr", "tr_TR"), ("es", "es_ES"), ("es-MX", "es_MX"), ("zh_hans", "zh_Hans")])
+@pytest.mark.parametrize(
+    ("language", "code"), [("tr", "tr_TR"), ("es", "es_ES"), ("es-MX", "es_MX"), ("zh_hans", "zh_Hans")]
+)
 def test_a_language_is_found_by_its_own_code_or_its_only_or_own_regional_form(tool, language, code):
     assert package_text("tool==1.0", language)[0].stem == code
 
