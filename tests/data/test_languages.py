@@ -279,6 +279,15 @@ def test_a_language_may_have_several_sources(tmp_path):
     assert len(module({"new": {"hu": [first, str(second)]}}).corpora["hu"].documents) == 40
 
 
+def test_the_part_of_a_data_set_is_named_behind_it(tmp_path):
+    lines = [passage("hu", i) for i in range(30)]
+    parts = {"train": lines[:10], "small": lines[10:]}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    ).save_to_disk(tmp_path / "both")
+    assert len(module({"new": {"hu": f"hub:{tmp_path / 'both'}@small"}}).corpora["hu"].documents) == 20
+
+
 def test_tokens_are_found_again_in_the_cache_and_made_anew_when_the_file_changes(tmp_path, monkeypatch):
     path = write_corpus(tmp_path, "hu", 30)
     module({"new": {"hu": path}})
@@ -380,11 +389,6 @@ def test_corpora_that_are_none_are_refused(tmp_path, name, content, words):
         (tmp_path / name).write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         module({"new": {"hu": str(tmp_path / name)}})
-
-
-def test_a_hub_that_is_not_reached_is_told_without_its_prefix():
-    with pytest.raises(ValueError, match="'nobody/nothing@train' is neither a file, nor a folder, nor a data set"):
-        module({"new": {"hu": "hub:nobody/nothing@train"}})
 
 
 def test_with_three_groups_the_newest_is_added_and_all_others_are_replayed(groups, tmp_path):
