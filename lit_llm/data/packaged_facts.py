@@ -118,7 +118,9 @@ def read_facts_of_wheel(wheel: Path) -> list[TrueFact]:
             common = _load(archive, "babel/global.dat")
             locales = {code: _load(archive, f"babel/locale-data/{code}.dat") for code in material["languages"]}
     except (BadZipFile, KeyError) as error:
-        raise ValueError(f"{wheel.name} does not hold Babel's locale data: {error}. Is it the wheel of Babel?") from error
+        raise ValueError(
+            f"{wheel.name} does not hold Babel's locale data: {error}. Is it the wheel of Babel?"
+        ) from error
     values = _values(common, material)
     facts = []
     for relation, members in values.items():
@@ -138,7 +140,9 @@ def _values(common: dict, material: dict) -> dict[str, dict[str, str]]:
     states = [*continents, *material["other_states"].split()]
     currencies, languages = {}, {}
     for state in states:
-        tender = [code for code, _, end, legal in common["territory_currencies"].get(state, []) if legal and end is None]
+        tender = [
+            code for code, _, end, legal in common["territory_currencies"].get(state, []) if legal and end is None
+        ]
         spoken = common["territory_languages"].get(state, {})
         official = [code for code, about in spoken.items() if about["official_status"] in _OFFICIAL]
         if len(tender) == 1:
@@ -154,7 +158,9 @@ def _names(locale: dict, relation: str, territory: str, value: str) -> tuple[str
     if relation == "capital":
         answer = locale["time_zones"].get(value, {}).get("city")
         if answer is None and unicodedata.name(territories["FR"][0]).startswith("LATIN"):
-            answer = value.split("/")[-1].replace("_", " ")  # CLDR leaves out a city that is spelled as in the zone's name
+            answer = value.split("/")[-1].replace(
+                "_", " "
+            )  # CLDR leaves out a city that is spelled as in the zone's name
     else:
         table = {"currency": "currency_names", "official_language": "languages", "continent": "territories"}[relation]
         answer = locale[table].get(value)
@@ -190,7 +196,9 @@ def make_requests(facts: list[TrueFact]) -> list[dict[str, Any]]:
 
 def _closest(fact: TrueFact, others: list[TrueFact], offers: Callable[[TrueFact], Collection[str]]) -> TrueFact:
     """One of those that offer the most of a fact's languages: always the same one, but no one in particular."""
-    return min(others, key=lambda other: (-len({*fact.languages}.intersection(offers(other))), _rank(fact.id, other.id)))
+    return min(
+        others, key=lambda other: (-len({*fact.languages}.intersection(offers(other))), _rank(fact.id, other.id))
+    )
 
 
 def _entry(code: str, words: dict, fact: TrueFact, new: TrueFact, others: tuple[TrueFact, ...]) -> dict[str, Any]:
