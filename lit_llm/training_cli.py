@@ -25,6 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
+from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.preferences import Preferences  # noqa: F401  makes the short name known
 from lit_llm.losses.logit_gradient import compile_elementwise
