@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lit_llm.data.batch import collate_tokens
+from lit_llm.data.batch import TokenBatch, collate_tokens
 from lit_llm.data.edit_requests import EditRequest
 from lit_llm.data.fact_files import read_requests, resolve_source
 from lit_llm.data.fact_tokens import FactRow, FactText, encode_facts
@@ -116,19 +118,44 @@ def _asked(requests: list[EditRequest], languages: list[str] | None) -> Iterator
 def _greedy(model: LanguageModel, rows: list[FactRow], first_tokens: int, batch_size: int) -> list[bool]:
     """Whether the first tokens of each answer are what greedy decoding gives."""
     short = [row.ids[: row.prompt_length + first_tokens] for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(short[i]))
+    order = sorted(range(len(rows)), key=lambda i: short[i])  # those that begin alike stand together
     right = [False] * len(rows)
     for start in range(0, len(order), batch_size):
         members = order[start : start + batch_size]
+        shared = len(os.path.commonprefix([rows[i].ids[: rows[i].prompt_length - 1] for i in members]))
         tokens = collate_tokens(
-            [short[i] for i in members], [rows[i].prompt_length for i in members], model.tokenizer.pad_token_id
+            [short[i][shared:] for i in members],
+            [rows[i].prompt_length - shared for i in members],
+            model.tokenizer.pad_token_id,
         )
-        logits_TV = model.head(model.hidden(tokens))
-        wrong_T = logits_TV.argmax(-1) != tokens.target_T
-        misses_B = torch.bincount(tokens.sequence_T[wrong_T], minlength=len(members))
-        for member, misses in zip(members, misses_B.tolist(), strict=True):
-            right[member] = misses == 0
+        hidden_TD = _hidden(model, tokens, short[members[0]][:shared])
+        for member, is_right in zip(members, _all_most_probable(model, hidden_TD, tokens), strict=True):
+            right[member] = is_right
     return right
+
+
+def _hidden(model: LanguageModel, tokens: TokenBatch, shared: tuple[int, ...]) -> Tensor:
+    """(T, D) hidden states at the answers of rows that begin alike; what they share is run once."""
+    body, past = model.transformer.base_model, None
+    if shared:
+        past = body(input_ids=torch.tensor([shared]), use_cache=True).past_key_values
+        past.batch_repeat_interleave(len(tokens.ids_BL))
+    hidden_BLD = body(input_ids=tokens.ids_BL, past_key_values=past, use_cache=past is not None).last_hidden_state
+    return hidden_BLD.flatten(0, 1)[tokens.position_T]
+
+
+def _all_most_probable(model: LanguageModel, hidden_TD: Tensor, tokens: TokenBatch) -> list[bool]:
+    """Of each sequence, whether all of its answer's tokens are the most probable ones; stops at the first that is not."""
+    number = len(tokens.length_B)
+    counts_B = torch.bincount(tokens.sequence_T, minlength=number)
+    first_B = counts_B.cumsum(0) - counts_B
+    right_B = torch.ones(number, dtype=torch.bool)
+    for place in range(int(counts_B.max())):
+        alive_A = (right_B & (counts_B > place)).nonzero()[:, 0]
+        if len(alive_A):
+            at_A = first_B[alive_A] + place
+            right_B[alive_A] = model.head(hidden_TD[at_A]).argmax(-1) == tokens.target_T[at_A]
+    return right_B.tolist()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from zipfile import BadZipFile, ZipFile
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_llm.data.edit_requests import separator
 from lit_llm.storage import cache_folder, write_atomically
 from lit_llm.wheels import download_wheels, sha256_of
 
@@ -38,6 +39,7 @@ _PICKLED = {  # what Babel's locale files may name
 }
 _OFFICIAL = ("official", "de_facto_official")
 _FEWEST = 2  # languages of a fact
+_SHOWN = 2  # examples before a question
 _BRACKETS = {*"()（）"}
 RELATIONS = ("capital", "currency", "official_language", "continent")
 
@@ -179,7 +181,15 @@ def make_requests(facts: list[TrueFact]) -> list[dict[str, Any]]:
     """
     import yaml
 
-    wording = yaml.safe_load(_material())["languages"]
+    material = yaml.safe_load(_material())
+    wording, shown = material["languages"], {name: order.split() for name, order in material["examples"].items()}
+    examples = {
+        (relation, code): _examples(facts, relation, code, wording[code], order)
+        for relation, order in shown.items()
+        for code in wording
+    }
+    seen = {territory for order in shown.values() for territory in order}
+    facts = [fact for fact in facts if fact.territory not in seen]
     rows = []
     for fact in sorted(facts, key=lambda fact: _rank(fact.id)):
         peers = [other for other in facts if other.relation == fact.relation and not _shares_name(other, fact)]
@@ -188,7 +198,7 @@ def make_requests(facts: list[TrueFact]) -> list[dict[str, Any]]:
         strangers = [other for other in facts if other.territory != fact.territory and other.relation != fact.relation]
         far = _closest(fact, strangers, lambda stranger: stranger.languages)
         languages = [code for code in fact.languages if code in new.answer and not _BRACKETS & {*new.answer[code]}]
-        by_lang = {code: _entry(code, wording[code], fact, new, (near, far)) for code in languages}
+        by_lang = {code: _entry(code, wording[code], examples, fact, new, (near, far)) for code in languages}
         if len(by_lang) >= _FEWEST:
             rows.append({"id": fact.id, "relation": fact.relation, "by_lang": by_lang})
     return rows
@@ -201,25 +211,42 @@ def _closest(fact: TrueFact, others: list[TrueFact], offers: Callable[[TrueFact]
     )
 
 
-def _entry(code: str, words: dict, fact: TrueFact, new: TrueFact, others: tuple[TrueFact, ...]) -> dict[str, Any]:
+def _examples(facts: list[TrueFact], relation: str, code: str, words: dict, order: list[str]) -> str:
+    """Two true facts, each a line that ends with its answer: a base model then answers in a word."""
+    known = {fact.territory: fact for fact in facts if fact.relation == relation and code in fact.languages}
+    lines = []
+    for territory in [territory for territory in order if territory in known][:_SHOWN]:
+        question = _fill(words["label"], known[territory].subject[code], words[relation][1])
+        lines.append(f"{question}{separator(question, code)}{known[territory].answer[code]}\n")
+    return "".join(lines)
+
+
+def _entry(
+    code: str,
+    words: dict,
+    examples: dict[tuple[str, str], str],
+    fact: TrueFact,
+    new: TrueFact,
+    others: tuple[TrueFact, ...],
+) -> dict[str, Any]:
     """One language of a request."""
+
+    def asked(of: TrueFact) -> str:
+        return examples[of.relation, code] + _fill(words["label"], of.subject[code], words[of.relation][1])
+
     subject = fact.subject[code]
     sentence, word = words[fact.relation]
-    unrelated = [
-        {"prompt": _fill(words[other.relation][0], other.subject[code]), "answer": other.answer[code]}
-        for other in others
-        if code in other.languages
-    ]
+    unrelated = [{"prompt": asked(other), "answer": other.answer[code]} for other in others if code in other.languages]
     portability = []
     if fact.relation == "capital" and code in new.subject:  # the new capital lies in the country that it is taken from
         question = _fill(words["label"], _fill(words["label"], subject, word).rstrip(" :："), words["country"])
         portability.append({"prompt": question, "answer": new.subject[code]})
     return {
         "subject": subject,
-        "prompt": _fill(sentence, subject),
+        "prompt": asked(fact),
         "target_new": new.answer[code],
         "target_old": fact.answer[code],
-        "rephrase": [_fill(words["label"], subject, word)],
+        "rephrase": [_fill(sentence, subject)],
         "locality": unrelated,
         "portability": portability,
     }
