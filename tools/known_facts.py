@@ -131,6 +131,8 @@ def _greedy(model: LanguageModel, rows: list[FactRow], first_tokens: int, batch_
         hidden_TD = _hidden(model, tokens, short[members[0]][:shared])
         for member, is_right in zip(members, _all_most_probable(model, hidden_TD, tokens), strict=True):
             right[member] = is_right
+        print(f"\r{min(start + batch_size, len(order))} of {len(order)} prompts", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return right
 
 
