@@ -1,0 +1,215 @@
+"""What is to be changed in a model, and what it is asked afterwards: kept in two types, so that no answer sheet is edited.
+
+An editor is given an `Edit`. The rephrased, unrelated and one-hop questions of the same fact live in `Questions`, which no
+`Edit` can hold; only an `EditRequest` has both (arXiv 2406.16416, 2309.08952).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# ISO 639-1. Where words are separated depends on the language, so a wrong code must not pass.
+_TWO_LETTERS = frozenset(
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo es "
+    "et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj "
+    "kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv "
+    "ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti "
+    "tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
+)
+_MEANT = {  # what people write instead
+    **{"cz": "cs", "du": "nl", "jp": "ja", "cn": "zh", "gr": "el", "ua": "uk", "dk": "da", "vn": "vi", "ge": "ka"},
+    **{"in": "id", "iw": "he", "sp": "es"},
+    **{"zho": "zh", "chi": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my", "bur": "my"},
+}
+UNSPACED = frozenset(["zh", "ja", "th", "km", "lo", "my"])  # languages that put no space between words
+
+
+@dataclass(frozen=True)
+class LanguageEdit:
+    """A fact in one language, as an editor gets it.
+
+    Attributes:
+        prompt: the question or unfinished sentence; what comes next is the answer.
+        target_new: the answer to be edited in.
+        subject: what the prompt is about; None where the source has none in this language: the others' are looked for.
+        target_old: the true or former answer, where the source has one.
+        paraphrases: other wordings of the prompt for locating; never those that the edit is tested with.
+
+    Raises:
+        ValueError: an empty prompt, target, subject or paraphrase; the subject is None or not, but never "".
+    """
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+    target_old: str | None = None
+    paraphrases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target_new", "subject", "target_old"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"{name} is empty ({value!r}). Give it, or leave the language out.")
+        if not all(text.strip() for text in self.paraphrases):
+            raise ValueError("a paraphrase is empty. Give it, or leave it out.")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact in all of its languages: everything that locating and optimisation may see.
+
+    Attributes:
+        id: names the request.
+        by_language: language code -> the fact in that language; the order is kept.
+        relation: what is said of the subject, the same string for all facts of that relation; None where unknown.
+        names: of the subject, beside those of the languages.
+
+    Raises:
+        ValueError: no language, an unknown one, or no subject in any of them.
+    """
+
+    id: str
+    by_language: Mapping[str, LanguageEdit]
+    relation: str | None = None
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.by_language:
+            raise ValueError(f"Request {self.id}: no language. Give a prompt and a new target in at least one.")
+        for language in self.by_language:
+            check_language(language)
+        if not self.names and not any(fact.subject for fact in self.by_language.values()):
+            raise ValueError(f"Request {self.id}: no language has a subject. Give one that its prompt contains.")
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.by_language)
+
+    def aliases(self, language: str) -> tuple[str, ...]:
+        """The subject in the other languages, English first, then its other names; each once."""
+        order = sorted(self.by_language, key=lambda code: code != "en")
+        names = [*(self.by_language[code].subject for code in order if code != language), *self.names]
+        own = self.by_language[language].subject
+        return tuple(dict.fromkeys(name for name in names if name is not None and name != own))
+
+    def in_languages(self, languages: tuple[str, ...]) -> Edit:
+        """The same edit in these of its languages, in this order; the subjects of the others stay as names."""
+        others = [code for code in sorted(self.languages, key=lambda code: code != "en") if code not in languages]
+        names = [self.by_language[code].subject for code in others]
+        kept = {code: self.by_language[code] for code in languages}
+        return Edit(self.id, kept, self.relation, (*(name for name in names if name is not None), *self.names))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its answer."""
+
+    prompt: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "answer"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"the {name} of a question is empty. Give it, or leave the question out.")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What tests an edit in one language; see the top of this file.
+
+    Attributes:
+        rephrases: other wordings of the prompt (generality).
+        locality: unrelated questions; their answers should stay as they were before the edit.
+        portability: questions that need the edited fact for one step.
+    """
+
+    rephrases: tuple[str, ...] = ()
+    locality: tuple[Question, ...] = ()
+    portability: tuple[Question, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(text.strip() for text in self.rephrases):
+            raise ValueError("a rephrased question is empty. Give it, or leave it out.")
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """An edit with the questions about it.
+
+    Attributes:
+        edit: what the editor is given.
+        questions: language code -> the questions in that language.
+
+    Raises:
+        ValueError: questions in a language that the edit lacks, or a paraphrase that is a rephrased question, except
+            where it is the prompt itself.
+    """
+
+    edit: Edit
+    questions: Mapping[str, Questions] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if foreign := [language for language in self.questions if language not in self.edit.by_language]:
+            raise ValueError(
+                f"Request {self.id} has questions in {', '.join(foreign)}, but is edited in "
+                f"{', '.join(self.languages)}. Leave them out, or give a prompt and a target there."
+            )
+        for language, questions in self.questions.items():
+            given = self.edit.by_language[language]
+            if shared := (set(given.paraphrases) & set(questions.rephrases)) - {given.prompt}:
+                raise ValueError(
+                    f"Request {self.id}, {language}: {sorted(shared)[0]!r} is a paraphrase for locating and a rephrased "
+                    f"question as well; tested on it, the edit would only repeat itself. Remove it from one of them."
+                )
+
+    @property
+    def id(self) -> str:
+        return self.edit.id
+
+    @property
+    def relation(self) -> str | None:
+        return self.edit.relation
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return self.edit.languages
+
+    def in_languages(self, languages: tuple[str, ...]) -> EditRequest:
+        """The same request in these of its languages, in this order."""
+        questions = {code: self.questions[code] for code in languages if code in self.questions}
+        return EditRequest(self.edit.in_languages(languages), questions)
+
+
+def check_language(code: str) -> None:
+    """See that a string is a language code: two letters of ISO 639-1, or three for a language that has no such code.
+
+    Parts behind a hyphen (`zh-Hant`) are free.
+
+    Raises:
+        ValueError: it is not; where a common mistake is recognised, the right code is named.
+    """
+    main = primary_language(code)
+    known = main in _TWO_LETTERS or (len(main) == 3 and main.isascii() and main.isalpha() and main not in _MEANT)
+    if not known or code.split("-")[0] != main:
+        hint = f" Is it {_MEANT[main]}?" if main in _MEANT else ""
+        raise ValueError(f"{code!r} is not a language code of ISO 639 in small letters (en, de, zh, ...).{hint}")
+
+
+def primary_language(code: str) -> str:
+    """`zh` of `zh-Hant`."""
+    return code.split("-")[0].lower()
+
+
+def separator(prompt: str, language: str, rule: str = "auto") -> str:
+    """What stands between a prompt and its answer.
+
+    Args:
+        prompt: the text before; nothing is added behind white space.
+        language: of the prompt.
+        rule: `auto`: a space, but nothing in languages that put none between words (zh, ja, th, km, lo, my); `space` in
+            all languages, as published code has it; `none`.
+    """
+    if rule == "none" or prompt[-1:].isspace():
+        return ""
+    return "" if rule == "auto" and primary_language(language) in UNSPACED else " "
