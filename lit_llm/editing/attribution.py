@@ -41,10 +41,12 @@ def integrated_gradients(
     last_S = torch.arange(steps, device=body.device) * columns + columns - 1
     target_S = torch.full((steps,), row.target[0], device=body.device)
     share_S1 = torch.linspace(0, 1, steps, dtype=body.dtype, device=body.device)[:, None]
-    return torch.stack([
-        _layer_scores(body, head.detach(), Restarted(body, grid, layer), layer, site, last_S, target_S, share_S1)
-        for layer in range(body.num_layers)
-    ])
+    return torch.stack(
+        [
+            _layer_scores(body, head.detach(), Restarted(body, grid, layer), layer, site, last_S, target_S, share_S1)
+            for layer in range(body.num_layers)
+        ]
+    )
 
 
 def attributed_neurons(score_Lm: Tensor, threshold: float = 0.3) -> list[tuple[int, int]]:

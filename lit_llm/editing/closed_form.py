@@ -180,7 +180,9 @@ def free_directions(
         ValueError: neither or both are given, or no direction or every one is free.
     """
     if (threshold is None) == (fraction is None):
-        raise ValueError(f"threshold is {threshold} and fraction {fraction}; give one of the two, and None for the other.")
+        raise ValueError(
+            f"threshold is {threshold} and fraction {fraction}; give one of the two, and None for the other."
+        )
     moments_m, vectors_mm = torch.linalg.eigh(covariance_mm.double())
     free = int((moments_m < threshold).sum()) if fraction is None else round(fraction * len(moments_m))
     _log.info("%d of %d directions are free to change", free, len(moments_m))
@@ -271,7 +273,11 @@ class Bakeable:
 
 
 def bake(
-    body: FeedForwards, facts: Sequence[Bakeable], covariances: Mapping[int, Tensor], *, covariance_weight: float = 15_000.0
+    body: FeedForwards,
+    facts: Sequence[Bakeable],
+    covariances: Mapping[int, Tensor],
+    *,
+    covariance_weight: float = 15_000.0,
 ) -> list[dict[int, LowRank]]:
     """Change the weights so that the prompts' neurons give what the cached values would add.
 

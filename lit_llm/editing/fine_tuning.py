@@ -74,17 +74,10 @@ def fine_tune(body: FeedForwards, head: Head, rows: Sequence[Row], layer: int, s
     body.check_layers([layer])
     body.weight(layer)  # refuses quantised weights
     live = list(body.down(layer).parameters())
-    start = [parameter.detach().clone() for parameter in live]
-    flags = [parameter.requires_grad for parameter in live]
-    try:
+    with body.restoring([layer]):
         for parameter in live:
             parameter.requires_grad_(True)
         master = _tuned(body, head.detach(), rows, layer, settings, live)
-    finally:
-        with torch.no_grad():
-            for parameter, value, flag in zip(live, start, flags, strict=True):
-                parameter.copy_(value)
-                parameter.requires_grad_(flag)
     changes = dict(zip((name for name, _ in body.down(layer).named_parameters()), master, strict=True))
     weight = changes["weight"].T.contiguous() if body.transposed(layer) else changes["weight"]
     return DenseChange(weight, changes.get("bias"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ class FeedForwards:
         Raises:
             ValueError: they do not.
         """
-        ascending = len(layers) > 0 and all(low < high for low, high in zip(layers, layers[1:], strict=False))
+        ascending = len(layers) > 0 and all(low < high for low, high in pairwise(layers))
         if not ascending or layers[0] < 0 or layers[-1] >= self.num_layers:
             raise ValueError(
                 f"layers are {list(layers)}, but they must ascend within 0 to {self.num_layers - 1}, the blocks of "
@@ -147,6 +148,19 @@ class FeedForwards:
             return list(known.get(kind, range(4, 9)))
         within = [layer for layer in range(self.num_layers) if 0.13 <= layer / self.num_layers <= 0.27]
         return within or [self.num_layers // 5]
+
+    @contextmanager
+    def restoring(self, layers: Sequence[int]) -> Iterator[None]:
+        """Down projections may be changed while open; afterwards they are bit for bit what they were."""
+        parameters = [parameter for layer in layers for parameter in self.down(layer).parameters()]
+        before = [(parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, (value, flag) in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+                    parameter.requires_grad_(flag)
 
     @contextmanager
     def at_inputs(self, changes: Mapping[int, Change]) -> Iterator[None]:

@@ -67,7 +67,9 @@ class Locating:
                     f"locating.{field} is {getattr(self, field)!r}; it is one of {', '.join(get_args(names))}."
                 )
         if not 0 < self.top_ratio <= 1:
-            raise ValueError(f"locating.top_ratio is {self.top_ratio}; it is a share of the neurons, above 0 and at most 1.")
+            raise ValueError(
+                f"locating.top_ratio is {self.top_ratio}; it is a share of the neurons, above 0 and at most 1."
+            )
         if not 1 <= self.min_neurons <= self.max_neurons:
             raise ValueError(
                 f"locating.min_neurons is {self.min_neurons} and locating.max_neurons {self.max_neurons}; the first is at least "
@@ -134,7 +136,9 @@ def contrasted(score_FLm: Tensor) -> Tensor:
     """
     facts = len(score_FLm)
     if facts < 2:
-        raise ValueError("locating.contrast compares facts with each other, but there is 1. Leave it out, or edit several.")
+        raise ValueError(
+            "locating.contrast compares facts with each other, but there is 1. Leave it out, or edit several."
+        )
     return score_FLm - (score_FLm.sum(0, keepdim=True) - score_FLm) / (facts - 1)
 
 

@@ -211,7 +211,9 @@ class SharedValues:
         max_tokens: int = MAX_TOKENS,
     ) -> None:
         if not facts or len(facts) != len(neurons):
-            raise ValueError(f"{len(facts)} facts with neurons of {len(neurons)}; there must be one at least, and as many.")
+            raise ValueError(
+                f"{len(facts)} facts with neurons of {len(neurons)}; there must be one at least, and as many."
+            )
         self.layers = sorted(neurons[0])
         if any(sorted(of_fact) != self.layers for of_fact in neurons):
             raise ValueError("The facts of a batch must be edited in the same layers. Edit them in separate batches.")
@@ -278,7 +280,9 @@ class SharedValues:
     def _activation_norms(self) -> Tensor:
         """(F, S)"""
         rows = [row.bare() for fact in self.facts for row in fact.first_rows()]
-        owner = torch.tensor([f for f, fact in enumerate(self.facts) for _ in range(fact.languages)]).to(self.body.device)
+        owner = torch.tensor([f for f, fact in enumerate(self.facts) for _ in range(fact.languages)]).to(
+            self.body.device
+        )
         share = torch.tensor([fact.languages for fact in self.facts]).to(self.body.device)
         found = neurons_at(self.body, rows, self.layers)
         norms = []
@@ -307,7 +311,9 @@ class SharedValues:
         def change(s: int):
             def add(neurons_Nm: Tensor) -> Tensor:
                 index_Rn = self._index_FSn[batch.fact_R, s]
-                delta_Rm = torch.zeros(len(index_Rn), self.body.width, dtype=self.delta_FSn.dtype, device=neurons_Nm.device)
+                delta_Rm = torch.zeros(
+                    len(index_Rn), self.body.width, dtype=self.delta_FSn.dtype, device=neurons_Nm.device
+                )
                 shown_Rn = (self.delta_FSn * self._real_FSn)[batch.fact_R, s]
                 delta_Rm = delta_Rm.scatter_add(1, index_Rn, shown_Rn).to(neurons_Nm.dtype)
                 return torch.addcmul(neurons_Nm, batch.touched_N1.to(neurons_Nm.dtype), delta_Rm[batch.row_N])
@@ -325,7 +331,9 @@ class _Batch:
         rows = [row for _, _, row, _ in items]
         grid = padded([row.inputs for row in rows], device)
         first_column = min(row.first_changed(apply) for row in rows)
-        self._pass: Pass = Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first_column)
+        self._pass: Pass = (
+            Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first_column)
+        )
         columns = grid.ids_RT.shape[1] - self._pass.first_column
         self.fact_R = torch.tensor([fact for fact, _, _, _ in items], device=device)
         self.row_N = torch.arange(len(rows), device=device).repeat_interleave(columns)
@@ -353,7 +361,9 @@ class _Batch:
             target_T += row.target
             owner_T += [order] * len(row.target)
             share_T += [len(row.target)] * len(row.target)
-        tensors = (torch.tensor(values, dtype=torch.int64, device=device) for values in (at_T, target_T, owner_T, share_T))
+        tensors = (
+            torch.tensor(values, dtype=torch.int64, device=device) for values in (at_T, target_T, owner_T, share_T)
+        )
         self._at_T, self._target_T, self._owner_T, self._share_T = tensors
 
     def losses(self, hooks, head: Head) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,12 @@ def check_memit(case: Case, index: dict) -> None:
 
     bare = [request.rows[0] for request in requests]
     case.check("z_init", outputs_at(case.body, bare, case.hparams["z_layer"], "block").T)
-    case.check("z", optimise_values(case.body, case.head, requests, case.hparams["z_layer"], "block", case.value_settings()).value_Fd.T)
+    case.check(
+        "z",
+        optimise_values(
+            case.body, case.head, requests, case.hparams["z_layer"], "block", case.value_settings()
+        ).value_Fd.T,
+    )
     keys = {layers[0]: grouped_keys(case.body, requests, layers[0])}
     updates = memit(
         case.body,
@@ -195,7 +200,9 @@ def check_alphaedit(case: Case, index: dict) -> None:
 
     for number, chosen in enumerate(case.hparams["batches"]):
         batch = [requests[index] for index in chosen]
-        values = optimise_values(case.body, case.head, batch, case.hparams["layers"][-1], "block", beside.value_settings())
+        values = optimise_values(
+            case.body, case.head, batch, case.hparams["layers"][-1], "block", beside.value_settings()
+        )
         case.check(f"z.b{number}", values.value_Fd.T)
         updates = sequence.edit(case.body, case.head, batch)
         for layer in case.hparams["layers"]:
