@@ -214,6 +214,8 @@ class SharedValues:
             raise ValueError(
                 f"{len(facts)} facts with neurons of {len(neurons)}; there must be one at least, and as many."
             )
+        if body.transformer.training:
+            raise ValueError("The model is in training mode, so dropout would change what is optimised. Call eval() first.")
         self.layers = sorted(neurons[0])
         if any(sorted(of_fact) != self.layers for of_fact in neurons):
             raise ValueError("The facts of a batch must be edited in the same layers. Edit them in separate batches.")
@@ -330,7 +332,8 @@ class _Batch:
         device = body.device
         rows = [row for _, _, row, _ in items]
         grid = padded([row.inputs for row in rows], device)
-        first_column = min(row.first_changed(apply) for row in rows)
+        read = [row.lookup for _, at, row, _ in items if at is None]  # before it, nothing is changed and nothing is read
+        first_column = min([row.first_changed(apply) for row in rows] + read)
         self._pass: Pass = (
             Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first_column)
         )

@@ -50,6 +50,10 @@ class Row:
         """The prompt alone."""
         return Row(self.prompt, self.lookup)
 
+    def with_target(self, target: Sequence[int]) -> Row:
+        """The same prompt with another answer."""
+        return Row(self.prompt, self.lookup, tuple(target))
+
     def first_changed(self, apply: Apply) -> int:
         """The first position that an edit touches."""
         return len(self.prompt) - 1 if apply == "prompt_last" else self.lookup
