@@ -84,7 +84,9 @@ def facts(count: int, *, languages: int = 2, seed: int = 0) -> list[FactRows]:
     return made
 
 
-def neurons(count: int, layers: list[int], width: int = 40, each: int = 9, seed: int = 0) -> list[dict[int, torch.Tensor]]:
+def neurons(
+    count: int, layers: list[int], width: int = 40, each: int = 9, seed: int = 0
+) -> list[dict[int, torch.Tensor]]:
     """Different ones, and differently many, for each fact and layer."""
     generator = torch.Generator().manual_seed(seed)
 

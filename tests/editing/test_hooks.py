@@ -31,7 +31,9 @@ def test_a_value_added_to_a_neuron_adds_its_column_to_the_output(family):
         with body.at_inputs({layer: add}), body.at_outputs({layer: seen.append}):
             run(body, grid)
     plain, changed = (output.view(-1, body.hidden_size) for output in seen)
-    torch.testing.assert_close(changed - plain, (0.5 * body.weight(layer)[:, neuron]).expand_as(plain), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        changed - plain, (0.5 * body.weight(layer)[:, neuron]).expand_as(plain), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("family", models.EVERY)
@@ -53,7 +55,10 @@ def test_neurons_are_those_of_each_row_alone_whatever_the_padding(family):
     together = neurons_at(body, ROWS, layers)
     for side in ("right", "left"):
         grid, seen = padded([row.prompt for row in ROWS], side=side), {}
-        with torch.no_grad(), body.at_inputs({layer: (lambda h, at=layer: seen.update({at: h})) for layer in layers}):
+        with (
+            torch.no_grad(),
+            body.at_inputs({layer: (lambda h, at=layer, to=seen: to.update({at: h})) for layer in layers}),
+        ):
             run(body, grid)
         flat = grid.flat([row.lookup for row in ROWS])
         for layer in layers:
