@@ -149,9 +149,7 @@ class EditCache:
         Raises:
             ValueError: an id that is not in the cache.
         """
-        unknown = sorted({name for name in chosen or () if name is not None} - self.edits.keys())
-        if unknown:
-            raise ValueError(f"The cache has no edits {unknown}; it has {', '.join(sorted(self.edits)) or 'none'}.")
+        self._require([name for name in chosen or () if name is not None])
         if not self.edits:
             yield self
             return
@@ -171,6 +169,23 @@ class EditCache:
             stack.enter_context(self.body.at_inputs({layer: self._adding(layer) for layer in layers}))
             stack.callback(setattr, self, "_plan", None)
             yield self
+
+    @contextmanager
+    def disabled(self, *names: str) -> Iterator[EditCache]:
+        """While open, these edits do not act, as if they had never been made.
+
+        Raises:
+            ValueError: an id that is not in the cache.
+        """
+        self._require(names)
+        edits, index = self.edits, self._index
+        kept = {name: edit for name, edit in edits.items() if name not in names}
+        self.edits = kept
+        self._index = SubjectIndex({name: edit.fact.names() for name, edit in kept.items()}, self._search)
+        try:
+            yield self
+        finally:
+            self.edits, self._index = edits, index
 
     # at the start of a forward pass
 
@@ -282,6 +297,10 @@ class EditCache:
                 text = text.rstrip(_UNFINISHED)
             low, high = (low, middle) if len(text) >= characters else (middle + 1, high)
         return low - 1
+
+    def _require(self, names: Sequence[str]) -> None:
+        if unknown := sorted(set(names) - self.edits.keys()):
+            raise ValueError(f"The cache has no edits {unknown}; it has {', '.join(sorted(self.edits)) or 'none'}.")
 
     def _check(self, edits: Sequence[CachedEdit]) -> None:
         if len(self.edits) != len(edits):

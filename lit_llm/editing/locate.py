@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Statistic = Literal["mean_abs", "max_abs", "freq_pos", "contrib"]
+Statistic = Literal["mean_abs", "max_abs", "freq_pos", "contrib", "integrated_gradients"]
 Selection = Literal["topk", "ratio", "threshold"]
 Combination = Literal["intersection", "vote"]
 Position = Literal["subject_last", "prompt_last", "mean"]
@@ -28,7 +28,8 @@ class Locating:
 
     Args:
         statistic: of a language's prompts: `mean_abs` and `max_abs` of the neuron, `freq_pos` the share of prompts in which
-            it is above 0, `contrib` mean_abs times the norm of its column of the down projection.
+            it is above 0, `contrib` mean_abs times the norm of its column of the down projection; `integrated_gradients` the
+            mean of the prompts' attributions (see `attribution`), for comparison.
         selection: per language: `topk` takes the largest ceil(`top_ratio` * m), `ratio` those above `ratio` times the largest,
             `threshold` those of at least `threshold` (for `freq_pos`).
         top_ratio: of `topk`.
@@ -102,7 +103,7 @@ def scores(neurons_Nm: Tensor, language_N: Sequence[int], statistic: Statistic, 
     """(L, m) statistic of each language's prompts.
 
     Args:
-        neurons_Nm: neurons of each prompt.
+        neurons_Nm: neurons of each prompt; its attributions for `integrated_gradients`.
         language_N: the language of each prompt, 0 to L - 1, each at least once.
         norm_m: norms of the columns of the down projection, for `contrib`.
 
@@ -125,6 +126,8 @@ def scores(neurons_Nm: Tensor, language_N: Sequence[int], statistic: Statistic, 
             found = [(group > 0).to(neurons_Nm.dtype).mean(0) for group in groups]
         case "contrib":
             found = [group.abs().mean(0) * norm_m for group in groups]
+        case "integrated_gradients":
+            found = [group.mean(0) for group in groups]
     return torch.stack(found)
 
 

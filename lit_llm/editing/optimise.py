@@ -5,8 +5,8 @@ follows the path that it would take alone. The published paper names neither los
 project's: negative log-likelihood of the new answer, the divergence from the untouched model where the subject ends, and
 decay relative to the neurons' own size.
 
-Shapes: F facts, S edited layers, n neurons of a fact in a layer (padded), R rows, E essence rows, L languages, T columns,
-d hidden size, m neurons of a layer.
+Shapes: F facts, S edited layers, n neurons of a fact in a layer (padded), R rows with answers, A all rows of a batch, N
+positions of its flattened grid, m neurons of a layer.
 """
 
 from __future__ import annotations
@@ -19,14 +19,10 @@ import torch
 from torch import Tensor
 
 from lit_llm.editing.hooks import FeedForwards
-from lit_llm.editing.passes import MAX_TOKENS, Pass, Restarted, Whole, neurons_at
-from lit_llm.editing.rows import Apply, Row, bunches, padded
-from lit_llm.losses.divergence import Divergence
+from lit_llm.editing.passes import MAX_TOKENS, neurons_at
+from lit_llm.editing.row_batches import Item, RowBatch, row_batches
+from lit_llm.editing.rows import Apply, Row
 from lit_llm.losses.head import Head
-from lit_llm.losses.token_divergence import token_divergence
-from lit_llm.losses.token_log_probs import token_log_probs
-
-_AWAY = Divergence(name="reverse_kl", temperature=1.0)  # KL(edited || untouched)
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,9 @@ class SharedValues:
                 f"{len(facts)} facts with neurons of {len(neurons)}; there must be one at least, and as many."
             )
         if body.transformer.training:
-            raise ValueError("The model is in training mode, so dropout would change what is optimised. Call eval() first.")
+            raise ValueError(
+                "The model is in training mode, so dropout would change what is optimised. Call eval() first."
+            )
         self.layers = sorted(neurons[0])
         if any(sorted(of_fact) != self.layers for of_fact in neurons):
             raise ValueError("The facts of a batch must be edited in the same layers. Edit them in separate batches.")
@@ -233,15 +231,13 @@ class SharedValues:
         """Losses of all facts that are not dropped; leaves the gradient of their sum in `delta_FSn.grad`."""
         self.delta_FSn.grad = torch.zeros_like(self.delta_FSn)
         nll_rows = [torch.zeros(len(fact.rows), dtype=self.delta_FSn.dtype) for fact in self.facts]
-        nll_F, kl_F = (torch.zeros(len(self.facts), dtype=self.delta_FSn.dtype, device=self.body.device) for _ in "nk")
+        nll_F, kl_F = self.delta_FSn.new_zeros(2, len(self.facts))
         for batch in self._batches:
-            row_nll_R, row_kl_E = batch.losses(self._hooks(batch), self.head)
-            parts_nll_F = torch.zeros_like(nll_F).index_add(0, batch.fact_of_row_R, row_nll_R * batch.weight_R)
-            parts_kl_F = torch.zeros_like(kl_F).index_add(0, batch.fact_of_essence_E, row_kl_E * batch.weight_E)
-            loss = (parts_nll_F + self.optimising.kl_weight * parts_kl_F).sum()
-            loss.backward(inputs=[self.delta_FSn])
-            nll_F, kl_F = nll_F + parts_nll_F.detach(), kl_F + parts_kl_F.detach()
-            for (fact, row), value in zip(batch.places, row_nll_R.detach().cpu(), strict=True):
+            with self._hooks(batch):
+                batch_nll_F, batch_kl_F, row_nll_R = batch.losses(self.head, len(self.facts))
+            (batch_nll_F + self.optimising.kl_weight * batch_kl_F).sum().backward(inputs=[self.delta_FSn])
+            nll_F, kl_F = nll_F + batch_nll_F.detach(), kl_F + batch_kl_F.detach()
+            for (fact, row), value in zip(batch.places, row_nll_R.cpu(), strict=True):
                 nll_rows[fact][row] = value
         decay_F = ((self.delta_FSn**2).sum(-1) / self.norm_FS).sum(-1)
         (self.optimising.weight_decay * decay_F).sum().backward()
@@ -282,10 +278,8 @@ class SharedValues:
     def _activation_norms(self) -> Tensor:
         """(F, S)"""
         rows = [row.bare() for fact in self.facts for row in fact.first_rows()]
-        owner = torch.tensor([f for f, fact in enumerate(self.facts) for _ in range(fact.languages)]).to(
-            self.body.device
-        )
-        share = torch.tensor([fact.languages for fact in self.facts]).to(self.body.device)
+        share = torch.tensor([fact.languages for fact in self.facts], device=self.body.device)
+        owner = torch.arange(len(self.facts), device=self.body.device).repeat_interleave(share)
         found = neurons_at(self.body, rows, self.layers)
         norms = []
         for s, layer in enumerate(self.layers):
@@ -294,97 +288,29 @@ class SharedValues:
             norms.append(square_N.new_zeros(len(self.facts)).index_add(0, owner, square_N) / share)
         return torch.stack(norms, 1)
 
-    def _make_batches(self, facts: Sequence[int]) -> list[_Batch]:
-        apply, wants_kl = self.optimising.apply, self.optimising.kl_weight > 0
-        items: list[tuple[int, int | None, Row, float]] = []  # fact, its row or None for an essence prompt, row, weight
+    def _make_batches(self, facts: Sequence[int]) -> list[RowBatch]:
+        items: list[Item] = []
         for fact in facts:
             rows = self.facts[fact]
-            items += [(fact, at, *row) for at, row in enumerate(zip(rows.rows, rows.row_weights(), strict=True))]
-            items += [(fact, None, row, 1 / rows.languages) for row in rows.essence if wants_kl]
-        # the columns before the first changed one run once, so rows that change early and late go apart
-        costs = [(row.first_changed(apply), len(row.inputs)) for _, _, row, _ in items]
-        by_column = [(first // 4 if self._reuse else 0, length) for first, length in costs]
-        return [
-            _Batch(self.body, [items[index] for index in chosen], apply, self.layers[0] if self._reuse else None)
-            for chosen in bunches(by_column, self._max_tokens)
-        ]
+            items += [Item(fact, at, *row) for at, row in enumerate(zip(rows.rows, rows.row_weights(), strict=True))]
+            if self.optimising.kl_weight > 0:
+                items += [Item(fact, None, row, 1 / rows.languages) for row in rows.essence]
+        first_layer = self.layers[0] if self._reuse else None
+        return row_batches(self.body, items, self.optimising.apply, first_layer, self._max_tokens)
 
-    def _hooks(self, batch: _Batch):
+    def _hooks(self, batch: RowBatch):
+        touched_N1 = batch.touched_N[:, None]
+
         def change(s: int):
             def add(neurons_Nm: Tensor) -> Tensor:
-                index_Rn = self._index_FSn[batch.fact_R, s]
-                delta_Rm = torch.zeros(
-                    len(index_Rn), self.body.width, dtype=self.delta_FSn.dtype, device=neurons_Nm.device
-                )
-                shown_Rn = (self.delta_FSn * self._real_FSn)[batch.fact_R, s]
-                delta_Rm = delta_Rm.scatter_add(1, index_Rn, shown_Rn).to(neurons_Nm.dtype)
-                return torch.addcmul(neurons_Nm, batch.touched_N1.to(neurons_Nm.dtype), delta_Rm[batch.row_N])
+                delta_An = (self.delta_FSn * self._real_FSn)[batch.fact_A, s]
+                delta_Am = delta_An.new_zeros(len(delta_An), self.body.width)
+                delta_Am = delta_Am.scatter_add(1, self._index_FSn[batch.fact_A, s], delta_An).to(neurons_Nm.dtype)
+                return torch.addcmul(neurons_Nm, touched_N1.to(neurons_Nm.dtype), delta_Am[batch.row_N])
 
             return add
 
         return self.body.at_inputs({layer: change(s) for s, layer in enumerate(self.layers)})
-
-
-class _Batch:
-    """Rows of similar shape: their pass, where it is changed, and what is read from it."""
-
-    def __init__(self, body: FeedForwards, items: list[tuple], apply: Apply, first_layer: int | None) -> None:
-        device = body.device
-        rows = [row for _, _, row, _ in items]
-        grid = padded([row.inputs for row in rows], device)
-        read = [row.lookup for _, at, row, _ in items if at is None]  # before it, nothing is changed and nothing is read
-        first_column = min([row.first_changed(apply) for row in rows] + read)
-        self._pass: Pass = (
-            Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first_column)
-        )
-        columns = grid.ids_RT.shape[1] - self._pass.first_column
-        self.fact_R = torch.tensor([fact for fact, _, _, _ in items], device=device)
-        self.row_N = torch.arange(len(rows), device=device).repeat_interleave(columns)
-        self.touched_N1 = _touched(rows, apply, columns, self._pass.first_column).flatten()[:, None].to(device)
-        answers = [at for at, (_, row, _, _) in enumerate(items) if row is not None]
-        essence = [at for at, (_, row, _, _) in enumerate(items) if row is None]
-        self.places = [(items[at][0], items[at][1]) for at in answers]
-        self.fact_of_row_R, self.fact_of_essence_E = self.fact_R[answers], self.fact_R[essence]
-        dtype = torch.float64 if body.dtype == torch.float64 else torch.float32
-        self.weight_R, self.weight_E = (
-            torch.tensor([items[at][3] for at in chosen], dtype=dtype, device=device) for chosen in (answers, essence)
-        )
-        self._read_answers(rows, answers, columns, device)
-        at_E = [at * columns + rows[at].lookup - self._pass.first_column for at in essence]
-        self._essence_E = torch.tensor(at_E, dtype=torch.int64, device=device)
-        self._base_Ed = self._pass.base.flatten(0, 1)[self._essence_E].clone()
-        self._pass.base = self._pass.base[:0]  # not needed any more
-
-    def _read_answers(self, rows: list[Row], answers: list[int], columns: int, device) -> None:
-        at_T, target_T, owner_T, share_T = [], [], [], []
-        for order, at in enumerate(answers):
-            row = rows[at]
-            start = at * columns + len(row.prompt) - 1 - self._pass.first_column
-            at_T += range(start, start + len(row.target))
-            target_T += row.target
-            owner_T += [order] * len(row.target)
-            share_T += [len(row.target)] * len(row.target)
-        tensors = (
-            torch.tensor(values, dtype=torch.int64, device=device) for values in (at_T, target_T, owner_T, share_T)
-        )
-        self._at_T, self._target_T, self._owner_T, self._share_T = tensors
-
-    def losses(self, hooks, head: Head) -> tuple[Tensor, Tensor]:
-        """Loss of the answer of each row, and divergence of each essence row."""
-        with hooks:
-            hidden_Nd = self._pass().flatten(0, 1)
-        log_prob_T = token_log_probs(hidden_Nd[self._at_T], head, self._target_T)
-        nll_R = log_prob_T.new_zeros(len(self.places)).index_add(0, self._owner_T, -log_prob_T / self._share_T)
-        if not len(self._essence_E):
-            return nll_R, nll_R.new_zeros(0)
-        return nll_R, token_divergence(hidden_Nd[self._essence_E], head, self._base_Ed, head, _AWAY)
-
-
-def _touched(rows: Sequence[Row], apply: Apply, columns: int, first_column: int) -> Tensor:
-    """(R, columns) bool, where values are added; padding behind a row may be among them, nobody reads it."""
-    column_T = torch.arange(first_column, first_column + columns)
-    first_R1 = torch.tensor([row.first_changed(apply) for row in rows])[:, None]
-    return column_T >= first_R1 if apply == "tail" else column_T == first_R1
 
 
 def _padded_indices(neurons: Sequence[Mapping[int, Tensor]], layers: Sequence[int], device) -> tuple[Tensor, Tensor]:

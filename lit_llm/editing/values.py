@@ -4,7 +4,7 @@
 One vector of the hidden size per request, added at the lookup position of all of its rows, the essence prompt's too. The
 requests of a batch are optimised together; each follows the path that it would take alone.
 
-Shapes: F requests, R rows, E essence rows, T target positions, d hidden size.
+Shapes: F requests, N positions of a flattened grid, d hidden size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from lit_llm.editing.hooks import FeedForwards
-from lit_llm.editing.passes import MAX_TOKENS, Restarted, run_until
+from lit_llm.editing.passes import MAX_TOKENS, run_until
+from lit_llm.editing.row_batches import Item, RowBatch, row_batches
 from lit_llm.editing.rows import Row, bunches, padded
-from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.head import Head
-from lit_llm.losses.token_divergence import token_divergence
-from lit_llm.losses.token_log_probs import token_log_probs
 
-_AWAY = Divergence(name="reverse_kl", temperature=1.0)  # KL(edited || untouched)
 Site = Literal["mlp", "block"]
 
 
@@ -149,67 +146,31 @@ def outputs_at(body: FeedForwards, rows: Sequence[Row], layer: int, site: Site) 
     return found
 
 
-class _Batch:
-    """Rows of similar shape, the answers and the essence prompts among them."""
-
-    def __init__(self, body: FeedForwards, items: list[tuple[int, bool, Row, float]], layer: int) -> None:
-        rows, device = [row for _, _, row, _ in items], body.device
-        grid = padded([row.inputs for row in rows], device)
-        first_column = min(row.lookup for row in rows)
-        self.run = Restarted(body, grid, layer, first_column)
-        columns = grid.ids_RT.shape[1] - first_column
-        start_R = [at * columns - first_column for at in range(len(rows))]
-        self.fact_R = torch.tensor([fact for fact, _, _, _ in items], device=device)
-        lookup_R = [start + row.lookup for start, row in zip(start_R, rows, strict=True)]
-        self.lookup_R = torch.tensor(lookup_R, device=device)
-        essence_R = torch.tensor([essence for _, essence, _, _ in items], device=device)
-        self.essence_E, self.fact_E = self.lookup_R[essence_R], self.fact_R[essence_R]
-        self.base_Ed = self.run.base.flatten(0, 1)[self.essence_E]
-        at_T, target_T, owner_T, weight_T = [], [], [], []
-        for (fact, essence, row, weight), start in zip(items, start_R, strict=True):
-            if not essence:
-                at_T += range(start + len(row.prompt) - 1, start + len(row.inputs))
-                target_T += row.target
-                owner_T += [fact] * len(row.target)
-                weight_T += [weight / len(row.target)] * len(row.target)
-        self.at_T, self.target_T, self.owner_T = (
-            torch.tensor(values, dtype=torch.int64, device=device) for values in (at_T, target_T, owner_T)
-        )
-        dtype = torch.float64 if body.dtype == torch.float64 else torch.float32
-        self.weight_T = torch.tensor(weight_T, dtype=dtype, device=device)
-
-
-def _batches(body: FeedForwards, requests: Sequence[Request], layer: int, max_tokens: int) -> list[_Batch]:
-    items: list[tuple[int, bool, Row, float]] = []  # request, whether it is the essence prompt, row, weight
-    for fact, request in enumerate(requests):
-        items += [(fact, False, row, 1 / len(request.rows)) for row in request.rows]
-        items.append((fact, True, request.essence, 1.0))
-    costs = [(row.lookup // 4, len(row.inputs)) for _, _, row, _ in items]
-    return [_Batch(body, [items[index] for index in chosen], layer) for chosen in bunches(costs, max_tokens)]
+def _batches(body: FeedForwards, requests: Sequence[Request], layer: int, max_tokens: int) -> list[RowBatch]:
+    items: list[Item] = []
+    for number, request in enumerate(requests):
+        items += [Item(number, at, row, 1 / len(request.rows)) for at, row in enumerate(request.rows)]
+        items.append(Item(number, None, request.essence, 1.0))
+    return row_batches(body, items, "lookup", layer, max_tokens)
 
 
 def _backward(body, head: Head, batches, delta_Fd, size_F, layer: int, site: Site, settings: ValueSettings) -> Tensor:
     """(F,) losses; leaves the gradient of their sum in `delta_Fd.grad`."""
-    head = head.detach()
     delta_Fd.grad = torch.zeros_like(delta_Fd)
     decay_F = settings.weight_decay * delta_Fd.norm(dim=-1) / size_F**2
     decay_F.sum().backward()
-    loss_F = decay_F.detach().clone()
+    total_F = decay_F.detach().clone()
     for batch in batches:
 
         def add(output_Nd: Tensor, batch=batch) -> Tensor:
-            return output_Nd.index_add(0, batch.lookup_R, delta_Fd[batch.fact_R].to(output_Nd.dtype))
+            return output_Nd.index_add(0, batch.lookup_A, delta_Fd[batch.fact_A].to(output_Nd.dtype))
 
         with _at(body, site, layer, add):
-            hidden_Nd = batch.run().flatten(0, 1)
-        nll_T = -token_log_probs(hidden_Nd[batch.at_T], head, batch.target_T) * batch.weight_T
-        part_F = torch.zeros_like(loss_F).index_add(0, batch.owner_T, nll_T)
-        if len(batch.essence_E) and settings.kl_weight > 0:
-            kl_E = token_divergence(hidden_Nd[batch.essence_E], head, batch.base_Ed, head, _AWAY)
-            part_F = part_F.index_add(0, batch.fact_E, settings.kl_weight * kl_E)
-        part_F.sum().backward(inputs=[delta_Fd])
-        loss_F += part_F.detach()
-    return loss_F
+            nll_F, kl_F, _ = batch.losses(head.detach(), len(delta_Fd))
+        loss_F = nll_F + settings.kl_weight * kl_F
+        loss_F.sum().backward(inputs=[delta_Fd])
+        total_F += loss_F.detach()
+    return total_F
 
 
 def _step(optimizer: torch.optim.Optimizer, delta_Fd: Tensor, running_F: Tensor, limit_F: Tensor) -> None:

@@ -192,6 +192,23 @@ def test_an_edit_chosen_from_outside_acts_whatever_the_text_says(tokenizer):
         pass
 
 
+def test_a_disabled_edit_does_not_act_for_the_while(tokenizer):
+    body = body_of()
+    cache = EditCache(body, tokenizer, [edit(), edit("spain", "Spain", seed=1)], BY_NAME)
+    grid = padded(ids(tokenizer, QUESTION))
+    with torch.no_grad():
+        plain = run(body, grid)
+        with cache.active():
+            acting = run(body, grid)
+            with cache.disabled("france"):
+                assert torch.equal(run(body, grid), plain)
+            assert torch.equal(run(body, grid), acting) and not torch.equal(acting, plain)
+            with cache.disabled("france", "spain"):
+                assert torch.equal(run(body, grid), plain)
+    with pytest.raises(ValueError, match="no edits.*italy"), cache.disabled("italy"):
+        pass
+
+
 def test_hooks_are_gone_afterwards_also_after_an_error(tokenizer):
     body = body_of()
     with pytest.raises(RuntimeError), EditCache(body, tokenizer, [edit()], BY_NAME).active():

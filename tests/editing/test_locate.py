@@ -34,6 +34,12 @@ def test_statistics_are_those_of_the_plain_loops(statistic):
     torch.testing.assert_close(scores(H, LANGUAGES, statistic, NORMS), wanted)
 
 
+def test_attributions_count_with_their_sign():
+    found = scores(H, LANGUAGES, "integrated_gradients")
+    torch.testing.assert_close(found[1], (H[1] + H[4]) / 2)
+    assert (found < 0).any()
+
+
 # few different values, so that ties are common
 @given(
     st.lists(st.lists(st.integers(0, 5), min_size=12, max_size=12), min_size=1, max_size=4),
@@ -116,7 +122,7 @@ def test_a_language_without_prompts_and_missing_norms_are_refused():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"statistic": "median"}, "mean_abs, max_abs, freq_pos, contrib"),
+        ({"statistic": "median"}, "mean_abs, max_abs, freq_pos, contrib, integrated_gradients"),
         ({"selection": "best"}, "topk, ratio, threshold"),
         ({"combination": "union"}, "intersection, vote"),
         ({"position": "first"}, "subject_last"),
