@@ -24,6 +24,7 @@ from lit_llm.models.weights import state_digest
 from lit_llm.storage import cache_folder, write_atomically
 
 _PRODUCTS_BEFORE_WIDENING = 64  # chunk products are added up on the device this often before they go to float64
+_LEAST_BATCHES, _SMALLEST_BATCH = 16, 64
 
 
 @dataclass
@@ -61,7 +62,8 @@ def second_moments(
         texts: token ids of texts, each short enough for the model.
         layers: which.
         max_tokens: stop at this many; the text that reaches it is cut there.
-        batch_tokens: padded tokens of a batch.
+        batch_tokens: padded tokens of a batch; fewer where `max_tokens` would make fewer than 16 batches, from which the
+            error is estimated.
         stop_change: stop earlier, once doubling the tokens changed every layer by less than this share.
 
     Raises:
@@ -69,7 +71,7 @@ def second_moments(
     """
     body.check_layers(sorted(layers))
     totals = {layer: _Total(body.width, body.device) for layer in layers}
-    tokens = 0
+    tokens, batch_tokens = 0, min(batch_tokens, max(_SMALLEST_BATCH, max_tokens // _LEAST_BATCHES))
     for number, batch in enumerate(_batches(texts, max_tokens, batch_tokens)):
         grid = padded(batch, body.device)
         real_N = grid.mask().flatten().bool()

@@ -55,6 +55,12 @@ def test_the_reported_error_is_about_the_real_one_and_falls_with_more_tokens():
     assert more.curve[2][-1][1] < more.curve[2][0][1]
 
 
+def test_a_few_tokens_make_enough_batches_for_an_error():
+    body, _ = models.body_and_head()
+    found = second_moments(body, TEXTS, [1], max_tokens=300)
+    assert 0 < found.split_error[1] < 1 and found.curve[1]
+
+
 def test_they_stop_when_doubling_changes_little():
     body, _ = models.body_and_head()
     texts = [TEXTS[n % 60] for n in range(600)]

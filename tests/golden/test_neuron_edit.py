@@ -26,7 +26,7 @@ INDEX = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
 CASES = {f"{entry['model']}__{entry['case']}": entry for entry in INDEX["cases"]}
 SHIPPED = Path(__file__).parent / "neuron_edit"
 OURS = json.loads((SHIPPED / "index.json").read_text(encoding="utf-8"))
-# subject_location is compared in tests/data, where subjects are located
+# subject_location is compared in test_subject_location.py
 ELSEWHERE = {"title", "format", "conventions", "models", "cases", "subject_location"}
 
 
