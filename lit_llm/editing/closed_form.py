@@ -11,7 +11,7 @@ Shapes: N edited prompts (columns), d hidden size, m neurons of a layer, U direc
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,6 +47,31 @@ class LowRank(NamedTuple):
         return LowRank(self.left[:, chosen], self.right[:, chosen])
 
 
+Inverse = Callable[[Tensor], Tensor]
+Covariance = Tensor | Inverse  # second moments (m, m), or what `inverse` makes of them once for many edits
+
+
+def inverse(covariance_mm: Tensor) -> Inverse:
+    """(m, N) x -> C^-1 x for a positive definite C, which is factorised once.
+
+    Raises:
+        ValueError: it is not positive definite, even with a millionth of its mean added to the diagonal.
+    """
+    covariance_mm = covariance_mm.double()
+    factor_mm, failed = torch.linalg.cholesky_ex(covariance_mm)
+    if failed:
+        ridge = 1e-6 * covariance_mm.diagonal().mean()
+        _log.warning("A covariance is not positive definite; %.3g is added to its diagonal.", ridge.item())
+        added_mm = ridge * torch.eye(len(covariance_mm), dtype=torch.float64, device=covariance_mm.device)
+        factor_mm, failed = torch.linalg.cholesky_ex(covariance_mm + added_mm)
+    if failed:
+        raise ValueError(
+            f"A covariance of {len(covariance_mm)} neurons is not positive definite (trace {covariance_mm.trace().item():.3g}), "
+            f"even with a millionth of its mean added to the diagonal. Estimate it from more tokens than neurons."
+        )
+    return lambda right_mN: torch.cholesky_solve(right_mN.double(), factor_mm)
+
+
 def add_to_weights(body: FeedForwards, updates: Mapping[int, LowRank]) -> None:
     """Add updates to the live weights, in at least float32, rounded once."""
     with torch.no_grad():
@@ -61,13 +86,13 @@ def add_to_weights(body: FeedForwards, updates: Mapping[int, LowRank]) -> None:
 
 
 def rome_update(
-    key_m: Tensor, covariance_mm: Tensor | None, value_d: Tensor, neurons_m: Tensor, output_d: Tensor
+    key_m: Tensor, covariance: Covariance | None, value_d: Tensor, neurons_m: Tensor, output_d: Tensor
 ) -> LowRank:
     """The rank-one change under which a prompt's neurons give the wanted output exactly.
 
     Args:
         key_m: mean key over contexts.
-        covariance_mm: second moment of neurons over ordinary text; None takes the key as it is, as released
+        covariance: second moment of neurons over ordinary text; None takes the key as it is, as released
             configurations for 7B models do.
         value_d: the wanted output of the MLP.
         neurons_m: neurons at the bare prompt.
@@ -77,7 +102,7 @@ def rome_update(
         ValueError: the key is orthogonal to the neurons.
     """
     key_m, value_d, neurons_m, output_d = (tensor.double() for tensor in (key_m, value_d, neurons_m, output_d))
-    u_m = key_m if covariance_mm is None else _solver(covariance_mm)(key_m[:, None]).squeeze(1)
+    u_m = key_m if covariance is None else _inverse_of(covariance)(key_m[:, None]).squeeze(1)
     u_m = u_m / u_m.norm()
     along = neurons_m @ u_m
     if along.abs() < 1e-4 * neurons_m.norm():
@@ -93,7 +118,7 @@ def rome(
     head: Head,
     request: Request,
     layer: int,
-    covariance_mm: Tensor | None,
+    covariance: Covariance | None,
     settings: ValueSettings,
 ) -> dict[int, LowRank]:
     """Edit one request into one layer; a list of requests is applied one after the other.
@@ -106,7 +131,7 @@ def rome(
     """
     value = optimise_values(body, head, [request], layer, "mlp", settings)
     keys_Nm = neurons_at(body, [row.bare() for row in request.rows], [layer])[layer].double()
-    update = rome_update(keys_Nm.mean(0), covariance_mm, value.value_Fd[0], keys_Nm[0], value.start_Fd[0])
+    update = rome_update(keys_Nm.mean(0), covariance, value.value_Fd[0], keys_Nm[0], value.start_Fd[0])
     add_to_weights(body, {layer: update})
     return {layer: update}
 
@@ -114,10 +139,10 @@ def rome(
 # MEMIT
 
 
-def memit_keys(covariance_mm: Tensor, keys_mN: Tensor, covariance_weight: float) -> Tensor:
+def memit_keys(covariance: Covariance, keys_mN: Tensor, covariance_weight: float) -> Tensor:
     """(m, N) adjusted keys (weight * C + K K^T)^-1 K, by N x N systems over one factorisation of C."""
     keys_mN = keys_mN.double()
-    spread_mN = _solver(covariance_mm, covariance_weight)(keys_mN)
+    spread_mN = _inverse_of(covariance)(keys_mN) / covariance_weight
     inner_NN = torch.eye(keys_mN.shape[1], dtype=keys_mN.dtype, device=keys_mN.device) + keys_mN.T @ spread_mN
     return torch.linalg.solve(inner_NN.T, spread_mN.T).T
 
@@ -127,7 +152,7 @@ def memit(
     head: Head,
     requests: Sequence[Request],
     layers: Sequence[int],
-    covariances: Mapping[int, Tensor],
+    covariances: Mapping[int, Covariance],
     settings: ValueSettings,
     *,
     covariance_weight: float = 15_000.0,
@@ -275,7 +300,7 @@ class Bakeable:
 def bake(
     body: FeedForwards,
     facts: Sequence[Bakeable],
-    covariances: Mapping[int, Tensor],
+    covariances: Mapping[int, Covariance],
     *,
     covariance_weight: float = 15_000.0,
 ) -> list[dict[int, LowRank]]:
@@ -338,19 +363,5 @@ def _places(fact: Bakeable) -> list[Row]:
     return [Row(row.prompt, at) for row in fact.rows for at in range(row.lookup, len(row.prompt))]
 
 
-def _solver(matrix_mm: Tensor, weight: float = 1.0):
-    """x -> (weight * matrix)^-1 x for a positive definite matrix, factorised once."""
-    matrix_mm = matrix_mm.double() * weight
-    factor_mm, failed = torch.linalg.cholesky_ex(matrix_mm)
-    if failed:
-        ridge = 1e-6 * matrix_mm.diagonal().mean()
-        _log.warning("A covariance is not positive definite; %.3g is added to its diagonal.", ridge.item())
-        factor_mm, failed = torch.linalg.cholesky_ex(
-            matrix_mm + ridge * torch.eye(len(matrix_mm), dtype=matrix_mm.dtype, device=matrix_mm.device)
-        )
-    if failed:
-        raise ValueError(
-            f"A covariance of {len(matrix_mm)} neurons is not positive definite (trace {matrix_mm.trace().item():.3g}), even with "
-            f"a millionth of its mean added to the diagonal. Estimate it from more tokens than neurons."
-        )
-    return lambda right_mN: torch.cholesky_solve(right_mN, factor_mm)
+def _inverse_of(covariance: Covariance) -> Inverse:
+    return inverse(covariance) if isinstance(covariance, Tensor) else covariance

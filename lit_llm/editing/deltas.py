@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llm.editing.closed_form import Bakeable, LowRank, bake
+from lit_llm.editing.closed_form import Bakeable, Covariance, LowRank, bake
 from lit_llm.editing.edit_cache import CachedEdit, FactText
 from lit_llm.editing.fine_tuning import DenseChange
 from lit_llm.editing.hooks import FeedForwards
@@ -246,7 +246,7 @@ def baked(
     body: FeedForwards,
     edits: Sequence[CachedEdit],
     prompts: Mapping[str, Sequence[Row]],
-    covariances: Mapping[int, Tensor],
+    covariances: Mapping[int, Covariance],
     *,
     covariance_weight: float = 15_000.0,
 ) -> list[WeightEdit]:
@@ -256,7 +256,7 @@ def baked(
 
     Args:
         prompts: by id, the edit prompts of all languages.
-        covariances: by layer, second moments over ordinary text.
+        covariances: by layer, second moments over ordinary text, or their inverses.
         covariance_weight: how strongly ordinary text is protected.
 
     Raises:

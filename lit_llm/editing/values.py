@@ -119,9 +119,11 @@ def optimise_values(
     running_F = torch.ones(len(requests), dtype=torch.bool, device=body.device)
     updates_F = torch.zeros(len(requests), dtype=torch.int64, device=body.device)
     for evaluation in range(settings.evaluations):
-        loss_F = _backward(body, head, batches, delta_Fd, size_F, layer, site, settings)
+        last = evaluation == settings.evaluations - 1
+        with torch.set_grad_enabled(not last):
+            loss_F = _backward(body, head, batches, delta_Fd, size_F, layer, site, settings)
         running_F &= torch.isfinite(loss_F) & (loss_F >= settings.stop_loss)
-        if evaluation == settings.evaluations - 1 or not running_F.any():
+        if last or not running_F.any():
             break
         _step(optimizer, delta_Fd, running_F, settings.clamp * size_F)
         updates_F += running_F
@@ -155,10 +157,11 @@ def _batches(body: FeedForwards, requests: Sequence[Request], layer: int, max_to
 
 
 def _backward(body, head: Head, batches, delta_Fd, size_F, layer: int, site: Site, settings: ValueSettings) -> Tensor:
-    """(F,) losses; leaves the gradient of their sum in `delta_Fd.grad`."""
+    """(F,) losses; leaves the gradient of their sum in `delta_Fd.grad` where gradients are enabled."""
     delta_Fd.grad = torch.zeros_like(delta_Fd)
     decay_F = settings.weight_decay * delta_Fd.norm(dim=-1) / size_F**2
-    decay_F.sum().backward()
+    if decay_F.requires_grad:
+        decay_F.sum().backward()
     total_F = decay_F.detach().clone()
     for batch in batches:
 
@@ -168,7 +171,8 @@ def _backward(body, head: Head, batches, delta_Fd, size_F, layer: int, site: Sit
         with _at(body, site, layer, add):
             nll_F, kl_F, _ = batch.losses(head.detach(), len(delta_Fd))
         loss_F = nll_F + settings.kl_weight * kl_F
-        loss_F.sum().backward(inputs=[delta_Fd])
+        if loss_F.requires_grad:
+            loss_F.sum().backward(inputs=[delta_Fd])
         total_F += loss_F.detach()
     return total_F
 

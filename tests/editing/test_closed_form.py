@@ -16,6 +16,7 @@ from lit_llm.editing.closed_form import (
     bake,
     free_directions,
     grouped_keys,
+    inverse,
     memit,
     memit_keys,
     rome,
@@ -58,6 +59,7 @@ def test_memits_keys_are_those_of_the_dense_inverse():
     K, residual, C = random(40, 6), random(24, 6, seed=1), covariance()
     update = LowRank(residual, memit_keys(C, K, 3.0))
     torch.testing.assert_close(update.dense(), reference.memit_change(K, residual, C, 3.0))
+    assert torch.equal(memit_keys(inverse(C), K, 3.0), update.right), "factorised once for many batches"
 
 
 def test_alphaedits_keys_are_those_of_the_dense_system_with_keys_of_earlier_batches():
