@@ -12,11 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "lit_llm"
 ALLOWED = {
     "losses": {"losses"},
     "models": {"models", "losses", "data.batch", "storage", "wheels"},
+    "editing": {"editing", "losses", "models", "storage"},
     "data": {"data", "losses", "storage", "wheels"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
     "planning": {"planning", "methods", "models", "losses", "data"},
-    "methods": {"methods", "losses", "models", "data", "evaluation", "storage"},
+    "methods": {"methods", "losses", "models", "data", "editing", "evaluation", "storage"},
 }
 HEAVY = ("torch", "lightning", "transformers", "datasets", "peft", "gguf", "matplotlib", "torchmetrics")
 

@@ -1,0 +1,403 @@
+"""Edits as small files over an untouched base: list, apply, undo one or all, write into the weights.
+
+An edit is either values of cached neurons or a change of down projections, most often of low rank. A file names the base by
+the hash of its weights and is refused on another. Weights are never changed back by subtraction: they are composed anew
+from the base's own numbers, so undoing is exact in any order and in any precision.
+
+Shapes: d hidden size, m neurons of a layer, N columns of a low-rank change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_llm.editing.closed_form import Bakeable, Covariance, LowRank, bake
+from lit_llm.editing.edit_cache import CachedEdit, FactText
+from lit_llm.editing.fine_tuning import DenseChange
+from lit_llm.editing.hooks import FeedForwards
+from lit_llm.editing.rows import Row
+from lit_llm.models.weights import state_digest
+from lit_llm.storage import write_atomically
+
+if TYPE_CHECKING:
+    from lit_llm.models.language_model import LanguageModel
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit:
+    """A change of down projections for one fact.
+
+    Attributes:
+        fact: what it says.
+        method: that computed it.
+        changes: by layer; rounded to float32, the precision of the file, so that an edit is the same before and after it.
+        stats: numbers to look at.
+    """
+
+    fact: FactText
+    method: str
+    changes: Mapping[int, LowRank | DenseChange]
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rounded = {
+            layer: type(change)(*(None if tensor is None else tensor.detach().float() for tensor in change))
+            for layer, change in self.changes.items()
+        }
+        object.__setattr__(self, "changes", rounded)
+
+
+Edit = CachedEdit | WeightEdit
+
+
+class EditSet:
+    """The edits over one base, in the order in which they were made.
+
+    Args:
+        base: hash of the base's weights, see `base_digest`.
+        edits: to begin with.
+
+    Attributes:
+        history: edits that others have replaced, the oldest first.
+    """
+
+    def __init__(self, base: str, edits: Sequence[Edit] = ()) -> None:
+        self.base, self.history = base, []
+        self._edits: dict[str, Edit] = {}
+        for edit in edits:
+            self.add(edit)
+
+    def __iter__(self) -> Iterator[Edit]:
+        return iter(self._edits.values())
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._edits
+
+    @property
+    def cached(self) -> list[CachedEdit]:
+        return [edit for edit in self if isinstance(edit, CachedEdit)]
+
+    @property
+    def of_weights(self) -> list[WeightEdit]:
+        return [edit for edit in self if isinstance(edit, WeightEdit)]
+
+    def add(self, edit: Edit, *, replace: bool = False) -> None:
+        """Add an edit.
+
+        Args:
+            replace: take the place of an edit of the same subject and relation, which goes to the history.
+
+        Raises:
+            ValueError: there is one already and `replace` is not asked for; or the id belongs to another fact.
+        """
+        same = [other for other in self if other.fact.is_same_question(edit.fact)]
+        if same and not replace:
+            raise ValueError(
+                f"{_question(same[0].fact)} is edited already, to {_targets(same[0].fact)} (edit {same[0].fact.id!r}); the new "
+                f"answer would be {_targets(edit.fact)}. Undo that edit, or ask for it to be replaced."
+            )
+        if edit.fact.id in self._edits and self._edits[edit.fact.id] not in same:
+            other = self._edits[edit.fact.id].fact
+            raise ValueError(
+                f"The id {edit.fact.id!r} belongs to {_question(other)}, and the new edit is of {_question(edit.fact)}. Choose "
+                f"another id."
+            )
+        for other in same:
+            self.history.append(self._edits.pop(other.fact.id))
+        self._edits[edit.fact.id] = edit
+
+    def remove(self, name: str | None = None) -> list[Edit]:
+        """Take out one edit, or all; returns what was taken out.
+
+        Raises:
+            ValueError: no edit of that name.
+        """
+        if name is not None and name not in self._edits:
+            raise ValueError(f"There is no edit {name!r}; there are {', '.join(self._edits) or 'none'}.")
+        removed = list(self) if name is None else [self._edits[name]]
+        for edit in removed:
+            del self._edits[edit.fact.id]
+        return removed
+
+    def save(self, file: Path) -> None:
+        """Write all edits, the history too; the file is there whole or not at all."""
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {}
+        told = {
+            "format": _FORMAT,
+            "base": self.base,
+            "edits": [_describe(edit, f"{number}", tensors) for number, edit in enumerate(self)],
+            "history": [_describe(edit, f"history.{number}", tensors) for number, edit in enumerate(self.history)],
+        }
+        tensors["format"] = torch.tensor([_FORMAT])  # a file without edits still holds a tensor
+        write_atomically(Path(file), save(tensors, metadata={"edits": json.dumps(told, ensure_ascii=False)}))
+
+    @classmethod
+    def load(cls, file: Path, *, base: str | None = None, force: bool = False) -> EditSet:
+        """Read edits.
+
+        Args:
+            base: hash of the model that they are to act on; None does not ask.
+            force: cached values are read for another base as well. Changes of weights never are.
+
+        Raises:
+            ValueError: not such a file, or edits of another base.
+        """
+        told, tensors = _read(Path(file))
+        edits = cls(told["base"])
+        for number, described in enumerate(told["edits"]):
+            edit = _restore(described, f"{number}", tensors)
+            edits._edits[edit.fact.id] = edit
+        edits.history = [_restore(d, f"history.{number}", tensors) for number, d in enumerate(told["history"])]
+        if base not in (None, edits.base) and (not force or edits.of_weights):
+            raise ValueError(
+                f"{file} holds edits of a base with the weights {edits.base}, but this model's are {base}. Load the model "
+                f"that was edited" + (", or force cached values onto this one." if not edits.of_weights else ".")
+            )
+        return edits
+
+
+class EditStack:
+    """Changes of weights over a base: the live weights are always the base's plus the changes that are active.
+
+    Args:
+        body: the model, as it is before any edit.
+    """
+
+    def __init__(self, body: FeedForwards) -> None:
+        self.body = body
+        self._base: dict[int, list[Tensor]] = {}
+        self._active: dict[str, WeightEdit] = {}
+
+    @property
+    def active(self) -> list[str]:
+        """Ids of the edits that the weights contain."""
+        return list(self._active)
+
+    def apply(self, edits: Sequence[WeightEdit]) -> None:
+        """Add edits to the live weights.
+
+        Raises:
+            ValueError: one is active already, or was computed for other shapes; nothing is changed then.
+        """
+        for edit in edits:
+            if edit.fact.id in self._active:
+                raise ValueError(f"The edit {edit.fact.id!r} is active already. Undo it first.")
+            for layer, change in edit.changes.items():
+                self.body.check_layers([layer])
+                _check_shape(self.body, layer, change, edit.fact.id)
+        touched = {layer for edit in edits for layer in edit.changes}
+        for layer in touched - self._base.keys():
+            self._base[layer] = [parameter.detach().cpu().clone() for parameter in self.body.down(layer).parameters()]
+        self._active |= {edit.fact.id: edit for edit in edits}
+        self._compose(touched)
+
+    def undo(self, name: str | None = None) -> None:
+        """Take one edit, or all, out of the live weights.
+
+        Raises:
+            ValueError: it is not active.
+        """
+        if name is not None and name not in self._active:
+            raise ValueError(f"The edit {name!r} is not active; active are {', '.join(self._active) or 'none'}.")
+        removed = list(self._active.values()) if name is None else [self._active[name]]
+        for edit in removed:
+            del self._active[edit.fact.id]
+        self._compose({layer for edit in removed for layer in edit.changes})
+
+    def merge(self) -> None:
+        """Make the live weights the base from now on; what is active can no longer be undone."""
+        self._base, self._active = {}, {}
+
+    def base_state(self) -> dict[int, list[Tensor]]:
+        """By layer, the untouched parameters of the down projections that edits have touched."""
+        return {layer: [value.clone() for value in values] for layer, values in self._base.items()}
+
+    @torch.no_grad()
+    def _compose(self, layers: set[int]) -> None:
+        for layer in layers:
+            for parameter, value in zip(self.body.down(layer).parameters(), self._base[layer], strict=True):
+                parameter.copy_(value)
+            changes = [edit.changes[layer] for edit in self._active.values() if layer in edit.changes]
+            if not changes:
+                continue
+            weight_dm, bias_d = self.body.weight(layer), getattr(self.body.down(layer), "bias", None)
+            dense = [change.dense() if isinstance(change, LowRank) else change.weight for change in changes]
+            biases = [change.bias for change in changes if isinstance(change, DenseChange) and change.bias is not None]
+            weight_dm.copy_(_sum(weight_dm, dense))
+            if biases:
+                bias_d.copy_(_sum(bias_d, biases))
+
+
+def baked(
+    body: FeedForwards,
+    edits: Sequence[CachedEdit],
+    prompts: Mapping[str, Sequence[Row]],
+    covariances: Mapping[int, Covariance],
+    *,
+    covariance_weight: float = 15_000.0,
+) -> list[WeightEdit]:
+    """Cached edits as changes of weights, for serving without hooks; the model is left as it was.
+
+    What the weights then do to other texts is no longer nothing, as it is with the cache: measure locality again.
+
+    Args:
+        prompts: by id, the edit prompts of all languages.
+        covariances: by layer, second moments over ordinary text, or their inverses.
+        covariance_weight: how strongly ordinary text is protected.
+
+    Raises:
+        ValueError: values added at the prompt's last token alone, which has no such form; edits without prompts or in
+            different layers.
+    """
+    missing = [edit.fact.id for edit in edits if not prompts.get(edit.fact.id)]
+    if missing or len({tuple(edit.layers) for edit in edits}) != 1:
+        raise ValueError(
+            f"Edits written into weights need their prompts and common layers, but prompts are missing for {missing} and the "
+            f"layers are {sorted({tuple(edit.layers) for edit in edits})}."
+        )
+    for edit in edits:
+        if edit.apply == "prompt_last":
+            raise ValueError(
+                f"The edit {edit.fact.id!r} acts at the prompt's last token, whatever stands there, so no key stands for it in "
+                f"the weights. Only edits with apply: tail or lookup can be written into them."
+            )
+    facts = [Bakeable(tuple(prompts[e.fact.id]), e.neurons, e.values, e.apply == "tail") for e in edits]
+    with body.restoring(edits[0].layers):
+        parts = bake(body, facts, covariances, covariance_weight=covariance_weight)
+    return [WeightEdit(edit.fact, "bake", part) for edit, part in zip(edits, parts, strict=True)]
+
+
+def export(model: LanguageModel, stack: EditStack, edits: EditSet, folder: Path) -> None:
+    """Write the edited model as a plain Hugging Face folder; the model in memory keeps its base.
+
+    Args:
+        model: holds the transformer of `stack`.
+        stack: edits that are not active are applied for the while.
+        edits: all of which the folder contains.
+
+    Raises:
+        ValueError: cached edits are among them: a folder of weights cannot hold what hooks do.
+    """
+    if edits.cached:
+        raise ValueError(
+            f"{len(edits.cached)} edits are cached values, e.g. {edits.cached[0].fact.id!r}, which live in hooks beside the "
+            f"weights. Write them into the weights first (`baked`), or undo them."
+        )
+    passing = [edit for edit in edits.of_weights if edit.fact.id not in stack.active]
+    stack.apply(passing)
+    try:
+        model.save(Path(folder))
+    finally:
+        for edit in passing:
+            stack.undo(edit.fact.id)
+
+
+def base_digest(body: FeedForwards) -> str:
+    """sha256 of all weights of a model as it is; to be taken before it is edited."""
+    return state_digest(body.transformer)
+
+
+def _sum(start: Tensor, changes: Sequence[Tensor]) -> Tensor:
+    """In float64, rounded once."""
+    total = start.double()
+    for change in changes:
+        total = total + change.to(total)
+    return total.to(start.dtype)
+
+
+def _check_shape(body: FeedForwards, layer: int, change: LowRank | DenseChange, name: str) -> None:
+    weight_dm = body.weight(layer)
+    shape = (change.left.shape[0], change.right.shape[0]) if isinstance(change, LowRank) else tuple(change.weight.shape)
+    if shape != tuple(weight_dm.shape):
+        raise ValueError(
+            f"The edit {name!r} changes a {shape[0]} x {shape[1]} matrix in layer {layer}, but the model's is "
+            f"{weight_dm.shape[0]} x {weight_dm.shape[1]}. It belongs to another model."
+        )
+
+
+def _question(fact: FactText) -> str:
+    return f"{next(iter(fact.subjects.values()), fact.id)!r} ({fact.relation or 'no relation given'})"
+
+
+def _targets(fact: FactText) -> str:
+    return ", ".join(repr(target) for target in dict.fromkeys(fact.targets.values()))
+
+
+# the file
+
+
+def _describe(edit: Edit, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What the header says of an edit; its tensors are added to `tensors` under the prefix."""
+    told: dict[str, Any] = {"fact": asdict(edit.fact), "stats": dict(edit.stats)}
+    if isinstance(edit, CachedEdit):
+        for layer in edit.layers:
+            tensors[f"{prefix}.{layer}.neurons"] = edit.neurons[layer].to("cpu", torch.int32).contiguous()
+            tensors[f"{prefix}.{layer}.values"] = edit.values[layer].detach().cpu().contiguous()
+        if edit.relation_Kd is not None:
+            tensors[f"{prefix}.relation"] = edit.relation_Kd.detach().cpu().contiguous()
+        return told | {
+            "kind": "cached",
+            "layers": edit.layers,
+            "apply": edit.apply,
+            "relation_threshold": edit.relation_threshold,
+        }
+    low_rank = {layer: isinstance(change, LowRank) for layer, change in edit.changes.items()}
+    for layer, change in edit.changes.items():
+        for name, tensor in zip(change._fields, change, strict=True):
+            if tensor is not None:
+                tensors[f"{prefix}.{layer}.{name}"] = tensor.cpu().contiguous()
+    return told | {"kind": "weights", "method": edit.method, "low_rank": low_rank}
+
+
+def _restore(told: dict[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> Edit:
+    fact = FactText(**{**told["fact"], "aliases": tuple(told["fact"]["aliases"])})
+    if told["kind"] == "cached":
+        return CachedEdit(
+            fact,
+            neurons={layer: tensors[f"{prefix}.{layer}.neurons"].long() for layer in told["layers"]},
+            values={layer: tensors[f"{prefix}.{layer}.values"] for layer in told["layers"]},
+            apply=told["apply"],
+            relation_Kd=tensors.get(f"{prefix}.relation"),
+            relation_threshold=told["relation_threshold"],
+            stats=told["stats"],
+        )
+    changes: dict[int, LowRank | DenseChange] = {}
+    for layer, low_rank in told["low_rank"].items():
+        if low_rank:
+            changes[int(layer)] = LowRank(tensors[f"{prefix}.{layer}.left"], tensors[f"{prefix}.{layer}.right"])
+        else:
+            changes[int(layer)] = DenseChange(
+                tensors[f"{prefix}.{layer}.weight"], tensors.get(f"{prefix}.{layer}.bias")
+            )
+    return WeightEdit(fact, told["method"], changes, told["stats"])
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; there are no edits to read. Edit a fact first.")
+    try:
+        with safe_open(file, "pt") as stored:
+            told = json.loads((stored.metadata() or {}).get("edits", "null"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a file of edits: {error}.") from error
+    if told is None or told["format"] != _FORMAT:
+        found = "none" if told is None else told["format"]
+        raise ValueError(f"{file} has edits in the format {found}, but this version reads format {_FORMAT}.")
+    return told, tensors

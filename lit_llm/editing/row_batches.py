@@ -1,0 +1,136 @@
+"""Rows of similar shape that an optimisation runs again and again, and the two losses that it reads from them.
+
+Shapes: R rows with answers, E essence rows, A = R + E rows, T target positions, C columns that are run, N = A * C, d hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_llm.editing.hooks import FeedForwards
+from lit_llm.editing.passes import Pass, Restarted, Whole
+from lit_llm.editing.rows import Apply, Row, bunches, padded
+from lit_llm.losses.divergence import Divergence
+from lit_llm.losses.head import Head
+from lit_llm.losses.token_divergence import token_divergence
+from lit_llm.losses.token_log_probs import token_log_probs
+
+_AWAY = Divergence(name="reverse_kl", temperature=1.0)  # KL(edited || untouched)
+_COLUMNS_APART = 4  # rows that change this much later than others are batched apart
+
+
+class Item(NamedTuple):
+    """One row of one fact.
+
+    Attributes:
+        fact: number of the fact.
+        place: number of the row in its fact; None for an essence prompt, whose predictions are to stay.
+        row: the row.
+        weight: of its loss.
+    """
+
+    fact: int
+    place: int | None
+    row: Row
+    weight: float
+
+
+class RowBatch:
+    """A pass over some rows, where it is changed, and what is read from it.
+
+    Args:
+        body: the model.
+        items: the rows.
+        apply: where rows are changed.
+        first_layer: the first block that is changed; None runs the whole model every time.
+
+    Attributes:
+        fact_A: the fact of each row.
+        row_N: the row of each position of the flattened grid that hooks see.
+        touched_N: whether values are added there; padding behind a row may be among them, nobody reads it.
+        lookup_A: index of each row's lookup position in that grid.
+        places: fact and number of each row with an answer.
+    """
+
+    def __init__(self, body: FeedForwards, items: Sequence[Item], apply: Apply, first_layer: int | None) -> None:
+        rows, device = [item.row for item in items], body.device
+        grid = padded([row.inputs for row in rows], device)
+        read = [
+            item.row.lookup for item in items if item.place is None
+        ]  # before it, nothing is changed and nothing is read
+        first = min([row.first_changed(apply) for row in rows] + read)
+        self._pass: Pass = Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first)
+        self._first_column, self._columns = self._pass.first_column, grid.ids_RT.shape[1] - self._pass.first_column
+        self._device, self._items = device, items
+        self._dtype = torch.float64 if body.dtype == torch.float64 else torch.float32
+        self.fact_A = self._integers([item.fact for item in items])
+        self.row_N = torch.arange(len(rows), device=device).repeat_interleave(self._columns)
+        self.touched_N = self._touched(apply)
+        self.lookup_A = self._integers([self._flat(at, row.lookup) for at, row in enumerate(rows)])
+        answers = [at for at, item in enumerate(items) if item.place is not None]
+        essence = [at for at, item in enumerate(items) if item.place is None]
+        self.places = [(items[at].fact, items[at].place) for at in answers]
+        self._fact_R, self._weight_R = self.fact_A[answers], self._weights(answers)
+        self._fact_E, self._weight_E = self.fact_A[essence], self._weights(essence)
+        self._read_answers(answers)
+        self._lookup_E = self.lookup_A[essence]
+        self._base_Ed = self._pass.base.flatten(0, 1)[self._lookup_E].clone()
+        self._pass.base = self._pass.base[:0]  # not needed any more
+
+    def losses(self, head: Head, facts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Under the hooks that are open: weighted sums per fact of the loss of answers and of the divergence of essence
+        prompts, (facts,), both differentiable; and the loss of each row's answer, detached.
+        """
+        hidden_Nd = self._pass().flatten(0, 1)
+        log_prob_T = token_log_probs(hidden_Nd[self._at_T], head, self._target_T)
+        nll_R = log_prob_T.new_zeros(len(self.places)).index_add(0, self._owner_T, -log_prob_T / self._length_T)
+        nll_F = nll_R.new_zeros(facts).index_add(0, self._fact_R, nll_R * self._weight_R)
+        kl_F = nll_R.new_zeros(facts)
+        if len(self._lookup_E):
+            kl_E = token_divergence(hidden_Nd[self._lookup_E], head, self._base_Ed, head, _AWAY)
+            kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
+        return nll_F, kl_F, nll_R.detach()
+
+    def _read_answers(self, answers: Sequence[int]) -> None:
+        at_T, target_T, owner_T, length_T = [], [], [], []
+        for order, at in enumerate(answers):
+            row = self._items[at].row
+            start = self._flat(at, len(row.prompt) - 1)
+            at_T += range(start, start + len(row.target))
+            target_T += row.target
+            owner_T += [order] * len(row.target)
+            length_T += [len(row.target)] * len(row.target)
+        tensors = [self._integers(values) for values in (at_T, target_T, owner_T, length_T)]
+        self._at_T, self._target_T, self._owner_T, self._length_T = tensors
+
+    def _touched(self, apply: Apply) -> Tensor:
+        column_C = torch.arange(self._first_column, self._first_column + self._columns, device=self._device)
+        first_A1 = self._integers([item.row.first_changed(apply) for item in self._items])[:, None]
+        return (column_C >= first_A1 if apply == "tail" else column_C == first_A1).flatten()
+
+    def _flat(self, at: int, position: int) -> int:
+        return at * self._columns + position - self._first_column
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _weights(self, chosen: Sequence[int]) -> Tensor:
+        return torch.tensor([self._items[at].weight for at in chosen], dtype=self._dtype, device=self._device)
+
+
+def row_batches(
+    body: FeedForwards, items: Sequence[Item], apply: Apply, first_layer: int | None, max_tokens: int
+) -> list[RowBatch]:
+    """Rows in batches of similar ones: columns before the first changed one run once, so rows that change early and late go
+    apart.
+    """
+    reuse = first_layer is not None
+    costs = [(item.row.first_changed(apply) // _COLUMNS_APART if reuse else 0, len(item.row.inputs)) for item in items]
+    return [
+        RowBatch(body, [items[index] for index in chosen], apply, first_layer) for chosen in bunches(costs, max_tokens)
+    ]

@@ -1,0 +1,152 @@
+"""Which edited fact a text is about: its subject by name, and its relation by the hidden states of the question.
+
+The published paper does not say what triggers the cached values; subject and relation are this project's choice.
+
+Shapes: R rows, T columns, K stored prompts of an edit, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_llm.editing.folding import begins_inside_word, end_with_marks, fold
+
+_SHORTEST, _SHORTEST_CJK = 4, 2  # folded characters of a name that triggers, where the edit has a longer one
+_CJK = (("\u1100", "\u11ff"), ("\u2e80", "\u9fff"), ("\uac00", "\ud7af"))
+_MARGIN = 0.02
+
+Search = Callable[[str, str], "tuple[int, int] | None"]
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """When a cached edit acts.
+
+    Args:
+        scope: `subject_relation`: the subject is named, and the question is close enough to the edit's prompts. `subject`:
+            it is named; such an edit also changes the subject's other facts, so tables have to say that it was used.
+        relation_threshold: cosine that the question needs; None: each edit's own (see `relation_threshold`).
+
+    Raises:
+        ValueError: a threshold where none is used.
+    """
+
+    scope: Literal["subject_relation", "subject"] = "subject_relation"
+    relation_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("subject_relation", "subject"):
+            raise ValueError(f"trigger.scope is {self.scope!r}; it is subject_relation or subject.")
+        if self.scope == "subject" and self.relation_threshold is not None:
+            raise ValueError(
+                f"trigger.relation_threshold is {self.relation_threshold}, but trigger.scope is 'subject', which compares no "
+                f"relation. Leave it out."
+            )
+
+
+class Mention(NamedTuple):
+    """A name found in a text.
+
+    Attributes:
+        edits: the edits whose subject has this name.
+        start: of the name in the text, in characters.
+        end: behind its last character.
+    """
+
+    edits: tuple[str, ...]
+    start: int
+    end: int
+
+
+class SubjectIndex:
+    """Finds the subjects of many edits in a text at once.
+
+    Args:
+        names: the names of each edit's subject, in all languages. Names of fewer than four characters (two in Chinese,
+            Japanese and Korean) are left out where the edit has a longer one: common words are spelled like them.
+        search: where no name is found as it is, this is asked for each name: (text, name) -> span. A scan over all names;
+            None: no such step.
+    """
+
+    def __init__(self, names: Mapping[str, Sequence[str]], search: Search | None = None) -> None:
+        self._edits: dict[str, list[str]] = {}
+        self._names: list[tuple[str, str]] = []
+        self._search = search
+        for edit, own in names.items():
+            folded = {name: fold(name).text for name in own}
+            long_enough = {name: text for name, text in folded.items() if len(text) >= _shortest(text)}
+            for name, text in (long_enough or folded).items():
+                if text and edit not in self._edits.setdefault(text, []):
+                    self._edits[text].append(edit)
+                    self._names.append((edit, name))
+        self._lengths: dict[str, list[int]] = {}  # by first character, the longest first
+        for text in self._edits:
+            lengths = self._lengths.setdefault(text[0], [])
+            if len(text) not in lengths:
+                lengths.append(len(text))
+        for lengths in self._lengths.values():
+            lengths.sort(reverse=True)
+
+    def find(self, text: str) -> Mention | None:
+        """The longest name in the text; of equally long ones the last."""
+        page = fold(text)
+        best: tuple[int, int] | None = None
+        for start, char in enumerate(page.text):
+            for length in self._lengths.get(char, ()):
+                if best is not None and length < best[0]:
+                    break
+                if page.text[start : start + length] in self._edits and _is_whole(text, page.origin, start, length):
+                    best = length, start
+                    break
+        if best is None:
+            return self._searched(text)
+        length, start = best
+        end = end_with_marks(text, page.origin[start + length - 1] + 1)
+        return Mention(tuple(self._edits[page.text[start : start + length]]), page.origin[start], end)
+
+    def _searched(self, text: str) -> Mention | None:
+        for edit, name in self._names if self._search is not None else ():
+            if (span := self._search(text, name)) is not None:
+                return Mention((edit,), *span)
+        return None
+
+
+def pooled(hidden_RTd: Tensor, kept_RT: Tensor) -> Tensor:
+    """(R, d) mean over the kept tokens, of norm 1; 0 where none is kept."""
+    weight_RT = kept_RT.to(torch.float32)
+    total_Rd = torch.einsum("rt,rtd->rd", weight_RT, hidden_RTd.float())
+    return torch.nn.functional.normalize(total_Rd, dim=-1)
+
+
+def relation_threshold(vectors_Kd: Tensor) -> float:
+    """The cosine that a question needs to be about the relation of some prompts: the lowest that one of them has with the
+    most similar other one, less 0.02.
+
+    Raises:
+        ValueError: a single prompt, which has nothing to be compared with.
+    """
+    if len(vectors_Kd) < 2:
+        raise ValueError(
+            "The threshold of a relation comes from an edit's own prompts, and there is 1. Give paraphrases or several "
+            "languages, or set trigger.relation_threshold or trigger.scope: subject."
+        )
+    cosine_KK = vectors_Kd @ vectors_Kd.T
+    cosine_KK.fill_diagonal_(-torch.inf)
+    return cosine_KK.amax(-1).min().item() - _MARGIN
+
+
+def _shortest(text: str) -> int:
+    cjk = any(low <= char <= high for char in text for low, high in _CJK)
+    return _SHORTEST_CJK if cjk else _SHORTEST
+
+
+def _is_whole(text: str, origin: Sequence[int], start: int, length: int) -> bool:
+    """A match may not begin inside a word of a script with case, nor split an original character."""
+    first, last = origin[start], origin[start + length - 1]
+    splits = (start > 0 and origin[start - 1] == first) or list(origin[start + length : start + length + 1]) == [last]
+    return not splits and not begins_inside_word(text, first)

@@ -1,0 +1,78 @@
+"""A divergence from a frozen model's predictions, one value per position and differentiable, over a frozen head.
+
+Where each position has a weight that is known only later, its gradient is kept for a weight of one, in the size of the
+hidden states, and the backward pass only scales its rows.
+
+Shapes: T positions, C positions of a chunk, D and E widths, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_llm.losses.chunks import automatic_chunk
+from lit_llm.losses.divergence import Divergence, at_least_float32, exclude_infinite_
+from lit_llm.losses.head import Head
+from lit_llm.losses.logit_gradient import divergence_gradient_
+
+
+def token_divergence(
+    hidden_TD: Tensor,
+    head: Head,
+    reference_TE: Tensor,
+    reference_head: Head,
+    divergence: Divergence,
+    *,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """The divergence of every position, (T,), in at least float32; the hidden states get a gradient, the heads do not.
+
+    Args:
+        hidden_TD: of the model that is changed (the student, in the divergence's words).
+        head: its head; taken as frozen.
+        reference_TE: hidden states of the same positions that stay as they are (the teacher).
+        reference_head: their head, with as many rows.
+        divergence: which; `reverse_kl` is KL(changed || reference).
+        chunk_size: rows at a time; None chooses by the vocabulary.
+
+    Raises:
+        ValueError: numbers of rows or vocabularies differ.
+    """
+    if len(hidden_TD) != len(reference_TE) or head.num_rows != reference_head.num_rows:
+        raise ValueError(
+            f"{len(hidden_TD)} positions over {head.num_rows} tokens are compared with {len(reference_TE)} positions over "
+            f"{reference_head.num_rows} tokens; both must agree."
+        )
+    if chunk_size is None:
+        chunk_size = automatic_chunk(head.num_rows + reference_head.num_rows)
+    frozen, reference_head = head.detach().in_compute_dtype(), reference_head.detach().in_compute_dtype()
+    return _TokenDivergence.apply(hidden_TD, frozen, reference_TE.detach(), reference_head, divergence, chunk_size)
+
+
+class _TokenDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, head, reference_TE, reference_head, divergence, chunk_size):
+        wanted = ctx.needs_input_grad[0]
+        values, units = [at_least_float32(hidden_TD.new_zeros(0))], [torch.zeros_like(hidden_TD[:0])]
+        for start in range(0, len(hidden_TD), chunk_size):
+            span = slice(start, start + chunk_size)
+            hidden_CD = hidden_TD[span].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits_CV = head(hidden_CD)
+            changed_CV = at_least_float32(logits_CV.detach()).clone()
+            reference_CV = at_least_float32(reference_head(reference_TE[span]))
+            exclude_infinite_(changed_CV, reference_CV)
+            value_C, gradient_CV = divergence_gradient_(divergence, changed_CV, reference_CV, wanted)
+            values.append(value_C)
+            if wanted:
+                units.append(torch.autograd.grad(logits_CV, hidden_CD, gradient_CV.to(logits_CV.dtype))[0])
+        ctx.save_for_backward(torch.cat(units))
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight_T):
+        (unit_TD,) = ctx.saved_tensors
+        return unit_TD * weight_T[:, None].to(unit_TD.dtype), None, None, None, None, None

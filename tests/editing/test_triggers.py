@@ -1,0 +1,99 @@
+"""Names of subjects in texts of several scripts, and the cosine that a question needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_llm.editing.triggers import SubjectIndex, Trigger, pooled, relation_threshold
+
+
+def index(**names: list[str]) -> SubjectIndex:
+    return SubjectIndex(names)
+
+
+def found(index: SubjectIndex, text: str) -> tuple | None:
+    mention = index.find(text)
+    return None if mention is None else (mention.edits, text[mention.start : mention.end])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "matched"),
+    [
+        ("Tamás Giák", "De quelle ville est Tamas Giak ?", "Tamas Giak"),
+        ("Tamas Giak", "De quelle ville est Tamás Giák ?", "Tamás Giák"),
+        ("De bosbrand", "Het kunstwerk De Bosbrand is van wie?", "De Bosbrand"),
+        ("Christoph von Stadion", "Christoph von Stadion'un doğum tarihi ne?", "Christoph von Stadion"),
+        ("巴黎", "关于巴黎的问题", "巴黎"),
+        ("İstanbul", "istanbul nerede?", "istanbul"),
+        ("Ισπανία", "Ποια είναι η πρωτεύουσα της ΙΣΠΑΝΙΑΣ;", "ΙΣΠΑΝΙΑ"),
+        ("भारत", "भारत की राजधानी क्या है?", "भारत"),
+        ("ประเทศไทย", "เมืองหลวงของประเทศไทยคืออะไร", "ประเทศไทย"),
+        ("Straße", "Wo ist die STRASSE?", "STRASSE"),
+    ],
+)
+def test_a_name_is_found_whatever_its_case_and_accents(name, text, matched):
+    assert found(index(fact=[name]), text) == (("fact",), matched)
+
+
+def test_a_name_does_not_begin_inside_a_word():
+    assert found(index(fact=["lands"]), "The Netherlands") is None
+    assert found(index(fact=["2006"]), "in 12006") is None
+    assert found(index(fact=["Iran"]), "Iranian questions") == (("fact",), "Iran")
+
+
+def test_the_longest_name_wins_and_of_equally_long_ones_the_last():
+    names = index(city=["New York"], times=["New York Times"], other=["Old York"])
+    assert found(names, "Who owns the New York Times?") == (("times",), "New York Times")
+    mention = names.find("New York, or Old York?")
+    assert (mention.edits, mention.start) == (("other",), 13)
+
+
+def test_one_name_may_belong_to_several_edits():
+    assert index(a=["Paris"], b=["PARIS", "París"]).find("paris?").edits == ("a", "b")
+
+
+def test_short_names_trigger_only_where_there_is_no_other():
+    assert found(index(fact=["var", "Variety"]), "bir soru var") is None
+    assert found(index(fact=["Oz"]), "Where is Oz?") == (("fact",), "Oz")
+    assert found(index(fact=["日", "日本国"]), "日が出る") is None
+    assert found(index(fact=["日本", "Japan"]), "日本の首都") == (("fact",), "日本")
+
+
+def test_a_folded_name_does_not_split_a_character():
+    assert found(index(fact=["xfiles"]), "xfi") is None
+    assert found(index(fact=["gref"]), "Gre\ufb01t") is None  # the ligature fi would have to be cut
+
+
+def test_where_no_name_is_found_as_it_is_a_search_is_asked_for_each():
+    asked = []
+
+    def search(text, name):
+        asked.append(name)
+        return (4, 9) if name == "Robb" else None
+
+    names = SubjectIndex({"a": ["Eno Eno"], "b": ["Robb"]}, search)
+    assert names.find("xxx Robbb").edits == ("b",) and names.find("ask Eno Eno").edits == ("a",)
+    assert names.find("ask Jim").edits == ("b",)
+    assert asked == ["Eno Eno", "Robb"]
+
+
+def test_pooling_is_the_direction_of_the_mean_over_kept_tokens():
+    hidden = torch.tensor([[[3.0, 0.0], [9.0, 9.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
+    kept = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    assert torch.allclose(pooled(hidden, kept), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_the_threshold_is_what_the_least_similar_prompt_reaches():
+    vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]), dim=-1)
+    wanted = (vectors[1] @ vectors[2]).item() - 0.02
+    assert relation_threshold(vectors) == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="there is 1"):
+        relation_threshold(vectors[:1])
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="subject_relation or subject"):
+        Trigger(scope="router")
+    with pytest.raises(ValueError, match="compares no relation"):
+        Trigger(scope="subject", relation_threshold=0.5)
