@@ -1,8 +1,8 @@
 """Reads golden vectors and keeps account of what has been compared.
 
 A family is a folder with an `index.json` that lists cases: tensors in a safetensors file, scalars, hyper-parameters and
-tolerances. Indices come in two formats; the second ("inputs", "expected") keeps every number in the tensors, named
-`in.NAME` and `out.NAME`. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
+tolerances. Indices come in three formats; the second ("inputs", "expected") keeps every number in the tensors, named
+`in.NAME` and `out.NAME`, and so does the third ("hyper_parameters", "fields"), under their own names. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
 sub-folder per family.
 """
 
@@ -41,6 +41,8 @@ def read_index(folder: Path) -> dict[str, dict[str, Any]]:
 def _as_first_format(case: dict[str, Any]) -> dict[str, Any]:
     if "hyper_parameters" not in case:
         return case
+    if "fields" in case:
+        return {**case, "hparams": case["hyper_parameters"], "expected_scalars": {}}
     fields = {f"in.{name}": {"role": "input"} for name in case["inputs"]}
     fields |= {f"out.{name}": {"role": "expected"} for name in case["expected"]}
     copied = {key: case[key] for key in ("name", "kind", "file", "tolerance")}
@@ -78,6 +80,7 @@ class Case:
         self._roles = {name: field["role"] for name, field in entry["fields"].items()}
         self._scalars = entry["expected_scalars"]
         self._compared: set[str] = set()
+        self._tolerated = dtype
         assert set(self._stored) == set(self._roles), "the index and the file list different tensors"
 
     def __contains__(self, name: str) -> bool:
@@ -91,6 +94,14 @@ class Case:
     def leaf(self, name: str) -> Tensor:
         """An input that collects a gradient."""
         return self[name].clone().requires_grad_()
+
+    def inputs(self, prefix: str = "") -> list[str]:
+        """Names of the inputs."""
+        return [name for name, role in self._roles.items() if role == "input" and name.startswith(prefix)]
+
+    def loosen(self, dtype: torch.dtype) -> None:
+        """Compare with the tolerance of another precision from here on: that in which a part of the program computes."""
+        self._tolerated = dtype
 
     def stored(self, name: str) -> Tensor:
         """A stored tensor as it is, for cases about the vectors themselves."""
@@ -128,12 +139,12 @@ class Case:
     def gradient_tolerance(self, name: str) -> dict[str, float]:
         """For gradients: in single precision errors are those of the largest entry."""
         tolerance = dict(self.tolerance())
-        if self.dtype == torch.float32:
+        if self._tolerated == torch.float32:
             tolerance["atol"] += 2e-4 * float(self._stored[name].abs().max())
         return tolerance
 
     def tolerance(self, dtype: torch.dtype | None = None) -> dict[str, float]:
-        return self._tolerance[str(dtype or self.dtype).removeprefix("torch.")]
+        return self._tolerance[str(dtype or self._tolerated).removeprefix("torch.")]
 
     def _close(self, name: str, value: Tensor, stored: Tensor, tolerance: dict[str, float]) -> None:
         if not stored.is_floating_point():
