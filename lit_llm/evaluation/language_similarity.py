@@ -257,9 +257,7 @@ def aggregate(
     )
 
 
-def _batches(
-    texts: Iterable[Sequence[int]], max_length: int, batch_tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(texts: Iterable[Sequence[int]], max_length: int, batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids, whether they are real) of documents padded on the right, in their order."""
     waiting: list[Sequence[int]] = []
     for text in texts:

@@ -6,7 +6,9 @@ Shapes: M token positions, L routed layers, A languages, G groups of languages, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,52 @@ class RoutedLayer(NamedTuple):
     logits_ME: Tensor
     classifier_M2: Tensor | None = None
     bypass_M: Tensor | None = None
+
+
+@dataclass  # not frozen: torchmetrics refuses to hand out frozen ones
+class RoutingSummary:
+    """Routing over a window, over all languages that were counted; NaN where nothing was.
+
+    Attributes:
+        layers: name -> a number for each routed layer:
+
+            max_violation       N max_e s_e - 1, s_e the share of slots of expert e: 0 is balanced
+            load_cv             standard deviation of the slots over their mean
+            load_entropy        - sum s ln s / ln N: 1 is balanced
+            dead_experts        experts without a slot in the window
+            router_entropy      mean of - sum p ln p / ln N: 0 is decided
+            old_top1_expert0, old_prob_expert0      over tokens of original languages: stage 2 wants 1
+            new_top1_expert0, new_prob_expert0      over the others
+            classifier_acc_old, classifier_acc_new, bypass_share    of classifier layers
+
+        languages: name -> for each language a number for each routed layer: expert0_share (of the slots), expert0_top1,
+            expert0_prob, classifier_acc, bypass_share.
+        load_shares: of each routed layer, the share of the slots that each expert got.
+        experts: of each routed layer.
+        experts_per_token: slots of a token.
+    """
+
+    layers: dict[str, list[float]]
+    languages: dict[str, list[list[float]]]
+    load_shares: list[list[float]]
+    experts: list[int]
+    experts_per_token: int
+
+    def scalars(self) -> dict[str, float]:
+        """For a log: the mean over layers, and the worst layer of what has one.
+
+        Layers where every token uses every expert (N <= k) cannot be out of balance and are left out of the balance's
+        quantities. What no layer has a value of is left out.
+        """
+        found: dict[str, float] = {}
+        for name, values in self.layers.items():
+            pairs = zip(values, self.experts, strict=True)
+            kept = [v for v, size in pairs if not math.isnan(v) and (name not in _BALANCE or size > self.experts_per_token)]
+            if kept:
+                found[name] = sum(kept) / len(kept)
+                if name in _BALANCE or name in _WORST_IS_SMALL:
+                    found[f"{name}_worst"] = min(kept) if name in _WORST_IS_SMALL else max(kept)
+        return found
 
 
 class RoutingStatistics(Metric):
@@ -95,43 +143,30 @@ class RoutingStatistics(Metric):
         sums_MC = torch.stack([column.to(torch.float64) for column in columns], -1)
         self.sums_LA5[layer, :, : len(columns)] += of_AM @ sums_MC
 
-    def compute(self) -> dict[str, Tensor]:
-        """Name -> a value for each routed layer, (L,); NaN where nothing was counted. See `of_layers`."""
-        return of_layers(self)
-
-    def by_language(self) -> dict[str, Tensor]:
-        """Name -> (A, L): what the heat-map shows; NaN for languages without tokens. Of this rank: synchronise first."""
-        tokens_A1, slots_AL = self.tokens_A[:, None], self.slots_LAN.sum(-1).T
-        found = {
-            "expert0_share": self.slots_LAN[:, :, 0].T / slots_AL,
-            "expert0_top1": self.sums_LA5[:, :, 0].T / tokens_A1,
-            "expert0_prob": self.prob_LAN[:, :, 0].T / tokens_A1,
-        }
-        if bool(self.sums_LA5[:, :, 4].any()):
-            classified_AL = self.sums_LA5[:, :, 4].T
-            found["classifier_acc"] = self.sums_LA5[:, :, 2].T / classified_AL
-            found["bypass_share"] = self.sums_LA5[:, :, 3].T / classified_AL
-        return {name: value.float() for name, value in found.items()}
-
-    def load_shares(self) -> list[Tensor]:
-        """Of each layer, the share of the slots that each expert got, (E,). Of this rank: synchronise first."""
+    def compute(self) -> RoutingSummary:
+        """What was counted since the last `reset`, over all ranks, as plain numbers."""
+        by_language = {name: value_AL.tolist() for name, value_AL in _of_languages(self).items()}
+        of_layers = {name: value_L.tolist() for name, value_L in _of_layers(self).items()}
         slots_LN = self.slots_LAN.sum(1)
-        shares_LN = slots_LN / slots_LN.sum(1, keepdim=True)
-        return [shares_N[:size] for shares_N, size in zip(shares_LN, self.experts, strict=True)]
+        shares_LN = (slots_LN / slots_LN.sum(1, keepdim=True)).tolist()
+        shares = [share_N[:size] for share_N, size in zip(shares_LN, self.experts, strict=True)]
+        return RoutingSummary(of_layers, by_language, shares, self.experts, self.experts_per_token)
 
 
-def of_layers(counts: RoutingStatistics) -> dict[str, Tensor]:
-    """The quantities of each routed layer, (L,), over all languages that were counted.
+def _of_languages(counts: RoutingStatistics) -> dict[str, Tensor]:
+    """Name -> (A, L)."""
+    tokens_A1, classified_AL = counts.tokens_A[:, None], counts.sums_LA5[:, :, 4].T
+    return {
+        "expert0_share": counts.slots_LAN[:, :, 0].T / counts.slots_LAN.sum(-1).T,
+        "expert0_top1": counts.sums_LA5[:, :, 0].T / tokens_A1,
+        "expert0_prob": counts.prob_LAN[:, :, 0].T / tokens_A1,
+        "classifier_acc": counts.sums_LA5[:, :, 2].T / classified_AL,
+        "bypass_share": counts.sums_LA5[:, :, 3].T / classified_AL,
+    }
 
-        max_violation       N max_e s_e - 1, s_e the share of slots of expert e: 0 is balanced
-        load_cv             standard deviation of the slots over their mean
-        load_entropy        - sum s ln s / ln N: 1 is balanced
-        dead_experts        experts without a slot in the window
-        router_entropy      mean of - sum p ln p / ln N: 0 is decided
-        old_top1_expert0, old_prob_expert0     over tokens of original languages: stage 2 wants 1
-        new_top1_expert0, new_prob_expert0     over the others
-        classifier_acc_old, classifier_acc_new, bypass_share     of classifier layers, else NaN
-    """
+
+def _of_layers(counts: RoutingStatistics) -> dict[str, Tensor]:
+    """Name -> (L,), see `RoutingSummary`."""
     device = counts.tokens_A.device
     size_L = torch.tensor(counts.experts, dtype=torch.float64, device=device)
     exists_LN = torch.arange(counts.slots_LAN.shape[2], device=device) < size_L[:, None]
@@ -154,27 +189,3 @@ def of_layers(counts: RoutingStatistics) -> dict[str, Tensor]:
         found[f"classifier_acc_{name}"] = (counts.sums_LA5[:, :, 2] @ of_A) / (counts.sums_LA5[:, :, 4] @ of_A)
     found["bypass_share"] = counts.sums_LA5[:, :, 3].sum(1) / counts.sums_LA5[:, :, 4].sum(1)
     return found
-
-
-def mean_and_worst(found: dict[str, Tensor], experts: Sequence[int], experts_per_token: int) -> dict[str, Tensor]:
-    """Scalars for a log: the mean over layers, and the worst layer of what has one.
-
-    Layers where every token uses every expert (N <= k) cannot be out of balance and are left out of the balance's
-    quantities. What no layer has a value of is left out.
-
-    Args:
-        found: as `of_layers` gives it.
-        experts: of each routed layer.
-        experts_per_token: k.
-    """
-    scalars: dict[str, Tensor] = {}
-    routed = [size > experts_per_token for size in experts]
-    for name, value_L in found.items():
-        kept_L = value_L[torch.tensor(routed, device=value_L.device)] if name in _BALANCE else value_L
-        kept_L = kept_L[~kept_L.isnan()]
-        if not len(kept_L):
-            continue
-        scalars[name] = kept_L.mean()
-        if name in _BALANCE or name in _WORST_IS_SMALL:
-            scalars[f"{name}_worst"] = kept_L.min() if name in _WORST_IS_SMALL else kept_L.max()
-    return scalars

@@ -173,5 +173,7 @@ def _counted(logits: Sequence[Tensor], mask_M: Tensor) -> Tensor:
         raise ValueError("There are 0 layers to form the loss of. Give the logits of at least one.")
     rows = {len(logits_MN) for logits_MN in logits}
     if rows != {len(mask_M)}:
-        raise ValueError(f"Every row of logits needs its mask, but layers have {sorted(rows)} rows, the mask {len(mask_M)}.")
+        raise ValueError(
+            f"Every row of logits needs its mask, but layers have {sorted(rows)} rows, the mask {len(mask_M)}."
+        )
     return mask_M.bool().sum()

@@ -157,7 +157,9 @@ def classifier_layers(
             )
         return sorted(set(wanted))
     if wanted < 0 or wanted > len(routed):
-        raise ValueError(f"classifier_layers is {wanted}, but {len(routed)} layers have a router. Name at most as many.")
+        raise ValueError(
+            f"classifier_layers is {wanted}, but {len(routed)} layers have a router. Name at most as many."
+        )
     if similarity_new_old is None:
         raise ValueError(
             f"classifier_layers is {wanted}, a number of layers, and there is no similarity to choose them by.\n"

@@ -2,8 +2,8 @@
 
 A family is a folder with an `index.json` that lists cases: tensors in a safetensors file, scalars, hyper-parameters and
 tolerances. Indices come in three formats; the second ("inputs", "expected") keeps every number in the tensors, named
-`in.NAME` and `out.NAME`, and so does the third ("hyper_parameters", "fields"), under their own names. `LIT_LLM_GOLDEN=<folder>` replaces the vectors of this checkout by others of the same format, with one
-sub-folder per family.
+`in.NAME` and `out.NAME`; so does the third ("hyper_parameters", "fields"), without prefixes. `LIT_LLM_GOLDEN=<folder>`
+replaces the vectors of this checkout by others of the same format, with one sub-folder per family.
 """
 
 from __future__ import annotations

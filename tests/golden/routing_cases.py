@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_llm.evaluation.language_similarity import UnitVectors, aggregate, measure
 from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
-from lit_llm.losses.routing import RoutingLoss, expert_slots, group_prior, language_prior, load_balance
+from lit_llm.losses.routing import expert_slots, group_prior, language_prior, load_balance
 from lit_llm.models.allocation import by_budget, by_delta
 from tests.golden.golden import Case
 from tests.reference.layer_moe_losses import released_group_prior
@@ -68,14 +68,14 @@ def check_routing_metrics(case: Case) -> None:
     half = len(logits_MN) // 2
     for rows in (slice(0, half), slice(half, None)):  # a window of two steps
         counts.update([RoutedLayer(logits_MN[rows])], (~old_M[rows]).long(), mask_M[rows])
-    found = {name: value_L[0] for name, value_L in counts.compute().items()}
+    found = {name: value_L[0] for name, value_L in counts.compute().layers.items()}
     case.check("tokens_per_expert", expert_slots(logits_MN, k, mask_M))
     case.check("tokens_per_expert", counts.slots_LAN[0].sum(0))
     case.check("mean_probability", counts.prob_LAN[0].sum(0) / counts.tokens_A.sum())
     names = {"cv": "load_cv", "entropy": "load_entropy"}
     for name in case.expected():
         if name not in ("tokens_per_expert", "mean_probability"):
-            case.check(name, found[names.get(name, name)])
+            case.check(name, torch.tensor(found[names.get(name, name)], dtype=torch.float64))
 
 
 def check_similarity(case: Case) -> None:
@@ -99,7 +99,9 @@ def check_allocation(case: Case) -> None:
         new, old = (set(case.hparams[f"{group}_languages"]) for group in ("new", "old"))
         pairs = dict(zip(case.hparams["pairs"], case["pair_similarity"].T, strict=True))
         new_new, new_old = (
-            torch.stack([value_L for pair, value_L in pairs.items() if set(pair.split("-")) <= kept and kept_pair(pair)])
+            torch.stack(
+                [value_L for pair, value_L in pairs.items() if set(pair.split("-")) <= kept and kept_pair(pair)]
+            )
             for kept, kept_pair in ((new, lambda _: True), (new | old, lambda pair: set(pair.split("-")) & old))
         )
         similarity = (new_new.mean(0) + new_old.mean(0)) / 2
@@ -139,36 +141,36 @@ def _mean(language: str, pieces: list[Tensor]) -> Tensor:
     layers, _, width = pieces[0].shape
     vectors = UnitVectors(language, layers, width)
     for piece_LTH in pieces:
-        for layer, half in ((layer, half) for layer in range(layers) for half in piece_LTH[layer].tensor_split(2)):
-            vectors.add(layer, half)
+        for layer in range(layers):
+            for half in piece_LTH[layer].tensor_split(2):
+                vectors.add(layer, half)
     return vectors.mean_LH
 
 
 def _means_of_model(case: Case, groups: dict[str, str]) -> dict[str, Tensor]:
     """Mean unit vectors of documents that a tiny decoder reads, its own states compared on the way."""
     model = decoder(case)
-    documents = {
-        name: [case[field].tolist() for field in sorted(case.inputs(f"input_ids.{name}."))] for name in groups
-    }
+    documents = {name: [case[field].tolist() for field in sorted(case.inputs(f"input_ids.{name}."))] for name in groups}
     mlps = [layer.mlp for layer in model.model.layers]
     # transformers' norms compute in single precision also for double weights
     case.loosen(torch.float32)
     for name, texts in documents.items():
-        seen: dict[int, list[Tensor]] = {layer: [] for layer in range(len(mlps))}
-        handles = [
-            mlp.register_forward_pre_hook(lambda _, args, layer=layer: seen[layer].append(args[0][0].detach()))
-            for layer, mlp in enumerate(mlps)
-        ]
-        for text in texts:
-            model.model(input_ids=torch.tensor([text]))
-        for handle in handles:
-            handle.remove()
-        states_LTH = torch.stack([torch.cat(rows) for rows in seen.values()])
+        states_LTH = torch.cat([_mlp_inputs(model, mlps, text) for text in texts], 1)
         case.check(f"hsa.{name}", states_LTH[:, : case.hparams["tokens_used"]])
     found, _ = measure(
         model.model, mlps, documents, groups, tokens_per_language=case.hparams["tokens_used"], batch_tokens=24
     )
     return {name: vectors.mean_LH for name, vectors in found.items()}
+
+
+def _mlp_inputs(model, mlps: list, text: list[int]) -> Tensor:
+    """(L, T, H) of one document."""
+    seen: list[Tensor] = []
+    handles = [mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0][0].detach())) for mlp in mlps]
+    model.model(input_ids=torch.tensor([text]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)
 
 
 def decoder(case: Case):

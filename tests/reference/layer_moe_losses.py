@@ -61,9 +61,7 @@ def group_prior(layers: list[Tensor], bounds: list[list[int]], group: list[int],
 def released_group_prior(z_MN: Tensor, experts: list[list[int]], group: list[int], real: list[bool]) -> Tensor:
     """The unused alternative of a re-release: sum of -log p_e over the experts of the token's own group."""
     terms = [
-        sum(-torch.log(softmax(z_N)[e]) for e in experts[g])
-        for z_N, g, r in zip(z_MN, group, real, strict=True)
-        if r
+        sum(-torch.log(softmax(z_N)[e]) for e in experts[g]) for z_N, g, r in zip(z_MN, group, real, strict=True) if r
     ]
     return sum(terms) / len(terms)
 
