@@ -71,7 +71,9 @@ class RoutingSummary:
         found: dict[str, float] = {}
         for name, values in self.layers.items():
             pairs = zip(values, self.experts, strict=True)
-            kept = [v for v, size in pairs if not math.isnan(v) and (name not in _BALANCE or size > self.experts_per_token)]
+            kept = [
+                v for v, size in pairs if not math.isnan(v) and (name not in _BALANCE or size > self.experts_per_token)
+            ]
             if kept:
                 found[name] = sum(kept) / len(kept)
                 if name in _BALANCE or name in _WORST_IS_SMALL:

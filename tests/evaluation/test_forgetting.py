@@ -29,7 +29,13 @@ def test_scores_are_means_over_all_tokens_of_a_language():
 
 def test_the_table_has_a_row_for_each_language_and_one_for_each_group():
     lines = table().text().splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["old: en", "old: fr", "old: mean", "new: hu", "new: mean"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "old: en",
+        "old: fr",
+        "old: mean",
+        "new: hu",
+        "new: mean",
+    ]
     assert "2.500 (ppl 12.18, acc 45.0%)" in lines[4] and lines[4].endswith("| +0.400 |")
     assert lines[5].endswith("| -2.000 |")
 

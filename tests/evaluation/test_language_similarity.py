@@ -84,9 +84,7 @@ def test_only_so_many_tokens_count_and_later_documents_are_not_read(model):
             read.append(len(text))
             yield text
 
-    report, found = measured(
-        model, {**documents(), "en": texts()}, tokens_per_language=7, batch_tokens=5, max_length=6
-    )
+    report, found = measured(model, {**documents(), "en": texts()}, tokens_per_language=7, batch_tokens=5, max_length=6)
     assert {name: of.tokens for name, of in found.items()} == {"en": 7, "hu": 7, "tr": 7}
     assert read == [5, 9, 3]  # 5 tokens, then 2 of the 6 that a document may have; the third was waiting
     expected = states(model, [documents()["en"][0], documents()["en"][1][:2]], 1)

@@ -124,5 +124,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers():
         language_prior([], torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="'double'"):
         language_prior(z, torch.tensor(OLD), "double")
-    with pytest.raises(ValueError, match="Layer number 1 has 2 experts, but the bounds of its groups are \\[1, 2, 3\\]"):
+    with pytest.raises(
+        ValueError, match="Layer number 1 has 2 experts, but the bounds of its groups are \\[1, 2, 3\\]"
+    ):
         group_prior(z, [[1, 2, 3]] * 4, torch.tensor(GROUP), torch.tensor(REAL))
