@@ -152,7 +152,7 @@ class LanguageModel(nn.Module):
                 f"The tokenizer of {tokenizer.name_or_path!r} has ids up to {self.num_tokens - 1:,}, but the model's head has only "
                 f"{self.vocab_size:,} rows. Take the tokenizer that belongs to the model, or resize the model first."
             )
-        self._packing_unknown = self.transformer.config.model_type not in _TESTED_FAMILIES
+        self._packing_unknown = self.family not in _TESTED_FAMILIES
         if self._packing_unknown:
             self.check_head()
 
@@ -160,6 +160,12 @@ class LanguageModel(nn.Module):
     def transformer(self) -> nn.Module:
         """The transformers model itself; adapters, if any, sit inside it."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def family(self) -> str:
+        """The architecture; that of the dense model where experts were added."""
+        config = self.transformer.config
+        return getattr(config, "base_model_type", None) or config.model_type
 
     @property
     def hidden_size(self) -> int:
@@ -221,7 +227,7 @@ class LanguageModel(nn.Module):
         """Whether two answers can share the run of their prompt: it takes a mask of our own, over all tokens."""
         config = self.transformer.config
         window = getattr(config.get_text_config(), "sliding_window", None)
-        masked = config._attn_implementation in ("sdpa", "eager") and config.model_type in _TESTED_FAMILIES
+        masked = config._attn_implementation in ("sdpa", "eager") and self.family in _TESTED_FAMILIES
         return masked and (not window or tokens.longest <= window)
 
     def _branched_hidden(self, tokens: TokenBatch) -> Tensor:

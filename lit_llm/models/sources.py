@@ -154,6 +154,11 @@ def cut(model: nn.Module, keep_layers: list[int], source: str) -> nn.Module:
         ValueError: a layer that the model does not have, or one that is named twice.
     """
     config = model.config
+    if getattr(config, "layer_moe", None) is not None:
+        raise ValueError(
+            f"keep_layers cuts dense models, but {source!r} has added experts, whose plan is by layer. Cut the dense model "
+            f"and expand the cut."
+        )
     count = config.num_hidden_layers
     wrong = [layer for layer in keep_layers if not 0 <= layer < count]
     if wrong:
