@@ -26,6 +26,7 @@ from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
+from lit_llm.data.languages import Languages  # noqa: F401  makes the short name known
 from lit_llm.data.preferences import Preferences  # noqa: F401  makes the short name known
 from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known

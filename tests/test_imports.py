@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lit_llm"
 ALLOWED = {
     "losses": {"losses"},
-    "models": {"models", "losses", "data.batch", "storage"},
-    "data": {"data", "losses", "storage"},
+    "models": {"models", "losses", "data.batch", "storage", "wheels"},
+    "data": {"data", "losses", "storage", "wheels"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
     "planning": {"planning", "methods", "models", "losses", "data"},

@@ -154,6 +154,37 @@ class PreferenceBatch(_Movable):
         )
 
 
+@dataclass
+class LanguageBatch(_Movable):
+    """Rows of text in several languages.
+
+    Attributes:
+        student: the rows; `hidden` of a language model takes it.
+        language_BL: (B, L) number of the language of each token, in the order of `Languages.languages`; an
+            end-of-sequence token has that of the document before it; -1 at padding. int64.
+        group_BL: (B, L) number of its group, 0 for the original languages; -1 at padding. int64.
+        language_T: (T,) number of the language of each predicted token, int64.
+        step_tokens: supervised tokens of the whole optimizer step: all accumulation steps, all ranks.
+        step_group_tokens: real tokens of the whole optimizer step, by group.
+        num_tokens: real (not padding) tokens of this batch.
+        examples: indices of the rows in their set.
+    """
+
+    student: TokenBatch
+    language_BL: Tensor
+    group_BL: Tensor
+    language_T: Tensor
+    step_tokens: int
+    step_group_tokens: tuple[int, ...]
+    num_tokens: int
+    examples: tuple[int, ...]
+
+    @property
+    def teacher(self) -> None:
+        """Nobody else reads these rows."""
+        return None
+
+
 def collate_tokens(
     ids: Sequence[Sequence[int]],
     prompt_lengths: Sequence[int],

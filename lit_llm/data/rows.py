@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_llm.storage import cache_folder
 
-_FORMATS = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet", ".csv": "csv"}
+_FORMATS = {".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 _DEMO = {  # what a source begins with -> how the file's name begins, and the parts
     "demo:": ("", ("train", "validation", "test")),
@@ -19,8 +19,8 @@ def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...]):
     """Read a data set and rename its columns.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a folder written by
-            `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the instructions that are shipped,
+        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a `.txt` or `.txt.gz` file, whose lines become
+            the column `text`; a folder written by `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the instructions that are shipped,
             `demo-preferences:train`, `:judge`, `:validation` or `:test` for the pairs; else a hub id. A folder or hub id
             may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
         columns: our name -> the file's name. Columns that are not named keep their own names.
@@ -64,14 +64,15 @@ def _read(source: str):
                 f"No data file at {source} (looked in {Path.cwd()}).\n"
                 f"  Correct data.train / validation / test, or use the shipped set: demo:train, demo:validation, ..."
             )
+        kind = "text" if path.name.endswith(".txt.gz") else _FORMATS[path.suffix]
         try:
             return datasets.load_dataset(
-                _FORMATS[path.suffix], data_files=str(path), split="train", cache_dir=str(cache_folder() / "datasets")
+                kind, data_files=str(path), split="train", cache_dir=str(cache_folder() / "datasets")
             )
         except (datasets.exceptions.DatasetGenerationError, EOFError, OSError, UnicodeDecodeError) as error:
             cause = error.__cause__ or error
             raise ValueError(
-                f"{source} could not be read as {_FORMATS[path.suffix]}: {cause}\n"
+                f"{source} could not be read as {kind}: {cause}\n"
                 f"  A .jsonl file holds one JSON object a line, the same fields in each."
             ) from error
     return _from_hub(name, split or "train")

