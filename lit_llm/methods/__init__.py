@@ -5,9 +5,10 @@ from lit_llm.methods.dpo import DPO
 from lit_llm.methods.dskd import DSKD
 from lit_llm.methods.gold import GOLD
 from lit_llm.methods.kd import KD
+from lit_llm.methods.layer_moe import LayerMoE
 from lit_llm.methods.mined import MinED
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
 from lit_llm.methods.uld import ULD
 
-__all__ = ["AlignDistil", "DPO", "DSKD", "GOLD", "KD", "SFT", "ULD", "MinED", "SharedVocabularyKD"]
+__all__ = ["AlignDistil", "DPO", "DSKD", "GOLD", "KD", "SFT", "ULD", "LayerMoE", "MinED", "SharedVocabularyKD"]

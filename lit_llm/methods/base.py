@@ -13,11 +13,13 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.batch import DistillationBatch, LanguageBatch
+from lit_llm.data.languages import Languages
 from lit_llm.data.preferences import Preferences
 from lit_llm.data.tokenized import Alignment
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.answers import Answering, Generation
+from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import ModelSpec
 
@@ -73,11 +75,13 @@ class Method(Answering):
         alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
             the first one is used where the data does not choose.
         on_pairs: whether batches are pairs of answers.
+        on_languages: whether batches may be text of several languages, `Languages`.
         compiles_loss: whether `--compile_loss` has something to compile.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
     on_pairs = False
+    on_languages = False
     compiles_loss = True
 
     def __init__(
@@ -97,6 +101,7 @@ class Method(Answering):
             )
         self.student_spec, self.optimization = student, optimization
         self.loss_chunk = loss_chunk
+        self.languages: LanguageEvaluation | None = None
         self._generators: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models
@@ -109,6 +114,22 @@ class Method(Answering):
                 f"{type(self).__name__} learns from {'pairs of answers' if self.on_pairs else 'prompts with answers'}, but "
                 f"data.class_path is {type(data).__name__}. Set data.class_path: {wanted}."
             )
+        if not isinstance(data, Languages):
+            return
+        if not self.on_languages:
+            raise ValueError(
+                f"{type(self).__name__} learns from prompts with answers, but data.class_path is Languages, which is running "
+                "text.\n  Set data.class_path: Instructions, or model.class_path: SFT or LayerMoE."
+            )
+        self.languages = LanguageEvaluation(self, self.evaluation_words, self.student_spec.source)
+
+    @property
+    def evaluation_words(self) -> str:
+        """What a table over several runs calls this one."""
+        return type(self).__name__
+
+    def use_plan_of(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a checkpoint what `configure_model` must know to build the model that it belongs to."""
 
     def configure_model(self) -> None:
         if self.student is None:
@@ -191,9 +212,26 @@ class Method(Answering):
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         """Log loss and accuracy of the student on one batch. Subclasses add what their teacher allows."""
-        hidden_TD = self.student.hidden(batch.student)
-        terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
+        hidden_TD = self.evaluation_hidden(batch)
+        if isinstance(batch, LanguageBatch):
+            terms = self.languages.add(batch, hidden_TD)
+        else:
+            terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         self.log_means(stage, {"loss": terms.loss, "accuracy": terms.correct}, terms.tokens)
+
+    def evaluation_hidden(self, batch: DistillationBatch | LanguageBatch) -> Tensor:
+        """(T, D) hidden states of the student for `evaluate`."""
+        return self.student.hidden(batch.student)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.languages is not None:
+            self.languages.finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if self.languages is not None:
+            self.languages.finish("test")
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -216,6 +254,7 @@ class Method(Answering):
             "identity": self.identity(),
             "start_answers": self._start_answers,
             "generators": _generator_states(),
+            "languages": None if self.languages is None else self.languages.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -234,6 +273,8 @@ class Method(Answering):
             )
         self._start_answers = checkpoint["lit_llm"]["start_answers"]
         self._generators = checkpoint["lit_llm"]["generators"]
+        if self.languages is not None and (moments := checkpoint["lit_llm"].get("languages")):
+            self.languages.load_state(moments)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it."""

@@ -10,7 +10,12 @@ from lit_llm.methods.base import Method
 
 
 class SFT(Method):
-    """Fine-tune one model on answers: the baseline of every distillation, and how a teacher is made."""
+    """Fine-tune one model on answers: the baseline of every distillation, and how a teacher is made.
+
+    With `Languages` as data it is continued pre-training of the whole model: the baseline of LayerMoE.
+    """
+
+    on_languages = True
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         hidden_TD = self.student.hidden(batch.student)
