@@ -299,8 +299,7 @@ class RoutedMLP(nn.Module):
         """(M, H) weighted sum of the routed experts."""
         dtype = self._product_dtype(x_MH)
         backend = dispatch.backend(self.backend, dtype, x_MH.device, (self.hidden_size, self.inner_size))
-        whole = is_plain(self.base, self.kind)  # else only its own forward knows what it computes
-        on_host = x_MH.device.type == "cpu" or backend == "loop" or not whole
+        on_host = self.reads_counts(x_MH, backend)
         stacks = [1, *(bank.count for bank in self.experts.values())]
         first, *others = dispatch.segments(routing.experts_Mk, stacks, on_host)
         rows_nH = first.gather(x_MH)
@@ -316,6 +315,11 @@ class RoutedMLP(nn.Module):
         for segment, bank in zip(others, self.experts.values()):
             sum_MH = sum_MH + segment.combine(bank(segment.gather(x_MH), segment, backend, self.base), weights_Mk)
         return sum_MH.to(y_nH.dtype)
+
+    def reads_counts(self, x_MH: Tensor, backend: str) -> bool:
+        """Whether the host learns how many rows each expert has: for free on a CPU, else only where nothing else works."""
+        # what is not plain only its own forward can compute, and that needs exact rows
+        return x_MH.device.type == "cpu" or backend == "loop" or not is_plain(self.base, self.kind)
 
     def _product_dtype(self, x_MH: Tensor) -> torch.dtype:
         device = x_MH.device.type

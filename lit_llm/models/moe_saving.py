@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.models import surgery
-from lit_llm.models.experts import ExpertBank, Router
 from lit_llm.models.expansion_plan import ExpansionPlan
+from lit_llm.models.experts import ExpertBank, Router
 from lit_llm.models.moe_config import MODEL_TYPE
 from lit_llm.storage import complete_folder
 
