@@ -332,7 +332,7 @@ class LayerMoE(Method):
 
     @property
     def evaluation_words(self) -> str:
-        return f"stage {self.stage}"
+        return f"stage {self.stage} ({self.trainer.datamodule.group_names[-1]})"
 
     # ---------------------------------------------------------------- resume
 

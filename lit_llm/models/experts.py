@@ -44,7 +44,8 @@ class Router(nn.Module):
 
     def __init__(self, rows: int, hidden_size: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32, device=device))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=wide, device=device))
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, start: int = 0) -> None:
