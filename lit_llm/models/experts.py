@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lit_llm.models import dispatch
 from lit_llm.models.dispatch import Dispatch, Segment
-from lit_llm.models.mlp_kinds import MlpKind, as_stack, is_plain, mlp_kind, weight_of
+from lit_llm.models.mlp_kinds import MlpKind, as_stack, is_plain, mlp_kind, stacked_layout, weight_of
 from lit_llm.models.routing_records import Collector, Routing, collect_routing
 
 __all__ = ["Classifier", "ExpertBank", "RoutedMLP", "Router", "Routing", "collect_routing"]
@@ -136,14 +136,14 @@ class ExpertBank(nn.Module):
         super().__init__()
         self.kind, self.count = kind, count
         self._maybe_copies = True
-        for name, parts in self._layout(base).items():
+        for name, parts in stacked_layout(base, self.kind).items():
             shape = (count, sum(len(part) for part in parts), *parts[0].shape[1:])
             self.register_parameter(name, nn.Parameter(parts[0].new_empty(shape)))
 
     @torch.no_grad()
     def copy(self, base: nn.Module) -> None:
         """Make every expert a copy of `base`."""
-        for name, parts in self._layout(base).items():
+        for name, parts in stacked_layout(base, self.kind).items():
             self.get_parameter(name).copy_(torch.cat(parts))
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class ExpertBank(nn.Module):
         """Whether every expert has exactly the weights of `base`. Once they differ, they are taken to differ for good."""
         self._maybe_copies = self._maybe_copies and all(
             _equal(ours, theirs)
-            for name, parts in self._layout(base).items()
+            for name, parts in stacked_layout(base, self.kind).items()
             for expert in self.get_parameter(name)
             for ours, theirs in zip(expert.split([len(part) for part in parts]), parts)
         )
@@ -169,16 +169,6 @@ class ExpertBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"count={self.count}, kind={self.kind.name}"
-
-    def _layout(self, base: nn.Module) -> dict[str, list[Tensor]]:
-        """Which tensors of the base, one above the other, make up each stacked parameter of one expert."""
-        first, second = self.kind.stacked_names
-        inputs, output = [getattr(base, name) for name in self.kind.inputs], getattr(base, self.kind.output)
-        layout = {first: [weight_of(layer) for layer in inputs], second: [weight_of(output)]}
-        for name, layers in ((first, inputs), (second, [output])):
-            if getattr(layers[0], "bias", None) is not None:
-                layout[f"{name}_bias"] = [layer.bias for layer in layers]
-        return layout
 
 
 class RoutedMLP(nn.Module):

@@ -89,6 +89,17 @@ def weight_of(layer: nn.Module) -> Tensor:
     return layer.weight.T if _is_transposed(layer) else layer.weight
 
 
+def stacked_layout(mlp: nn.Module, kind: MlpKind) -> dict[str, list[Tensor]]:
+    """Which tensors of an MLP, one above the other, make up each stacked parameter of one expert."""
+    first, second = kind.stacked_names
+    inputs, output = [getattr(mlp, name) for name in kind.inputs], getattr(mlp, kind.output)
+    layout = {first: [weight_of(layer) for layer in inputs], second: [weight_of(output)]}
+    for name, layers in ((first, inputs), (second, [output])):
+        if getattr(layers[0], "bias", None) is not None:
+            layout[f"{name}_bias"] = [layer.bias for layer in layers]
+    return layout
+
+
 def is_plain(mlp: nn.Module, kind: MlpKind) -> bool:
     """Whether the weights say all about this MLP: no adapters, no quantisation, no hooks on its layers."""
     layers = [getattr(mlp, name) for name in (*kind.inputs, kind.output)]

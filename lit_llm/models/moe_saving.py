@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lit_llm.models import surgery
 from lit_llm.models.expansion_plan import ExpansionPlan
-from lit_llm.models.experts import ExpertBank, Router
+from lit_llm.models.experts import ExpertBank, RoutedMLP, Router
+from lit_llm.models.mlp_kinds import mlp_kind, stacked_layout
 from lit_llm.models.moe_config import MODEL_TYPE
 from lit_llm.storage import complete_folder
 
@@ -29,7 +30,7 @@ _TENSORS_FILE = "layer_moe.safetensors"
 class ExpandedModel:
     """What the expanded class of a family adds to the family's own."""
 
-    _keep_in_fp32_modules_strict = {"router", "classifier"}
+    _keep_in_fp32_modules_strict = frozenset({"router", "classifier"})
 
     def __init__(self, config, *inputs, **kwargs) -> None:
         super().__init__(config, *inputs, **kwargs)
@@ -180,7 +181,7 @@ def apply_delta(model: nn.Module, folder: Path) -> nn.Module:
     if current is not None:
         surgery.check_groups(current, plan)
     with safe_open(file, "pt") as stored:
-        names, needed = set(stored.keys()), set(_tensor_names(plan))
+        names, needed = set(stored.keys()), set(_tensor_names(model, plan))
         experts = {name for name in needed if _is_expert(name)}
         whole, complete = experts <= names, current is not None and current.extends(plan)
         if not whole and not complete:
@@ -203,31 +204,6 @@ def apply_delta(model: nn.Module, folder: Path) -> nn.Module:
     return model
 
 
-def export_uniform(model: nn.Module, folder: Path) -> None:
-    """Refuses: no MoE architecture of transformers holds an expanded model.
-
-    Raises:
-        ValueError: always, with the reasons for this model.
-    """
-    plan = surgery.plan_of(model)
-    if plan is None:
-        raise ValueError(f"{type(model).__name__} is dense. Save it with save_pretrained.")
-    counts = plan.expert_counts
-    reasons = []
-    if len(set(counts)) > 1:
-        reasons.append(
-            f"layers have {min(counts)} to {max(counts)} experts, one number is needed for all, and a router without bias "
-            f"cannot keep tokens from experts that only fill up"
-        )
-    if plan.classifier_layers:
-        reasons.append(f"the classifiers of the layers {plan.classifier_layers} have no counterpart")
-    reasons.append(f"attention and norms of {plan.base.model_type} are not those of Mixtral or Qwen-MoE in general")
-    raise ValueError(
-        f"This model cannot be written to {folder} in the architecture of another MoE: {'; '.join(reasons)}. Use "
-        f"save_pretrained: after `import lit_llm`, AutoModelForCausalLM reads it."
-    )
-
-
 def _added_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for index, routed in sorted(surgery.routed_layers(model).items()):
         for name, parameter in routed.named_parameters():
@@ -235,10 +211,13 @@ def _added_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"layers.{index}.{name}", parameter
 
 
-def _tensor_names(plan: ExpansionPlan) -> Iterator[str]:
+def _tensor_names(model: nn.Module, plan: ExpansionPlan) -> Iterator[str]:
+    """What a delta with experts must hold for this model."""
+    layers = surgery.decoder_layers(model)
     for index in plan.routed_layers:
-        layer = plan.layers[index]
-        stacked = ("gate_up_proj", "down_proj") if plan.mlp.kind != "plain" else ("in_proj", "out_proj")
+        layer, mlp = plan.layers[index], layers[index].mlp
+        base = mlp.base if isinstance(mlp, RoutedMLP) else mlp
+        stacked = stacked_layout(base, mlp_kind(base))
         for group, count in enumerate(layer.experts[1:], start=1):
             if count:
                 yield from (f"layers.{index}.experts.{group}.{name}" for name in stacked)

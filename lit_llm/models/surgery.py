@@ -200,7 +200,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ValueError: they have no `mlp` that takes and gives one tensor.
     """
     name, count = type(model).__name__, model.config.get_text_config().num_hidden_layers
-    stacks = [part for part in model.base_model.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    stacks = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not stacks:
         raise ValueError(
             f"{name} has no list of {count} decoder layers below its base model, so it cannot be expanded."

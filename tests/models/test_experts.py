@@ -473,9 +473,12 @@ def test_collecting_what_is_not_there_is_refused_in_words():
     with pytest.raises(ValueError, match="no routed layer"), collect_routing(nn.Linear(2, 2)):
         pass
     block = routed()
-    with pytest.raises(ValueError, match=r"token_labels for 6 positions.*layer 0 sees 10"):
-        with collect_routing(block, token_labels=torch.zeros(1, 6)):
-            block(torch.randn(2, 5, 16))
+    labels = torch.zeros(1, 6)
+    with (
+        pytest.raises(ValueError, match="for 6 positions.*layer 0 sees 10"),
+        collect_routing(block, token_labels=labels),
+    ):
+        block(torch.randn(2, 5, 16))
 
 
 # ---------------------------------------------------------------- other MLPs
