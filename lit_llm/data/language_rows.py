@@ -65,11 +65,6 @@ class Stream:
         rows, places = np.divmod(self.begins[self.begins < self.total], self.row_length)
         return np.bincount(rows[places > 0], minlength=self.num_rows)[: self.num_rows]
 
-    @property
-    def num_documents(self) -> int:
-        """Documents of which something is in a row, repetitions counted."""
-        return int(np.searchsorted(self.begins, self.total))
-
     def row(self, number: int) -> Row:
         begin = number * self.row_length
         end = min(begin + self.row_length, self.total)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _PLACEHOLDER = re.compile(
-    r"%\(\w+\)|%[-+ #0]?[\d.]*[a-zA-Z]\b|\$\{?\w|\{[^{}]*\}|\{%"  # %(name)s, %s, $name, ${name}, {name}, {{ name }}, {% tag %}
+    r"%\(\w+\)|(?<!\d)%[-+ #0]?[\d.]*[a-zA-Z]\b|\$\{?\w|\{[^{}]*\}|\{%"  # %(name)s, %s, $name, ${name}, {name}, {{ name }}, {% tag %}
 )
 _FINISHED = re.compile(r"[.!?…。！？।؟።։][\"'”’»)」』]*$")
 _FEWEST_CHARACTERS, _FEWEST_LETTERS = 20, 0.7

@@ -19,10 +19,10 @@ def load_rows(source: str, columns: dict[str, str], required: tuple[str, ...]):
     """Read a data set and rename its columns.
 
     Args:
-        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a `.txt` or `.txt.gz` file, whose lines become
-            the column `text`; a folder written by `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test` for the instructions that are shipped,
-            `demo-preferences:train`, `:judge`, `:validation` or `:test` for the pairs; else a hub id. A folder or hub id
-            may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
+        source: a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet` or `.csv` file; a `.txt` or `.txt.gz` file, whose lines are
+            the column `text`; a folder written by `datasets.save_to_disk`; `demo:train`, `demo:validation` or `demo:test`
+            for the instructions that are shipped, `demo-preferences:train`, `:judge`, `:validation` or `:test` for the
+            pairs; else a hub id. A folder or hub id may name its part, sliced as `datasets` does: `NAME@train[:1000]`.
         columns: our name -> the file's name. Columns that are not named keep their own names.
         required: our names that must exist afterwards.
 

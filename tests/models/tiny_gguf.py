@@ -40,7 +40,9 @@ def write_gguf(folder: Path, file: Path, *, kind: str = "llama", **more: object)
     return file
 
 
-def write_wheel(folder: Path, name: str, files: dict[str, bytes | Path], version: str = "1.0") -> Path:
+def write_wheel(
+    folder: Path, name: str, files: dict[str, bytes | Path], version: str = "1.0", python: str = ">=3.8"
+) -> Path:
     """A wheel that pip takes, with `files` at their paths in it."""
     stem = f"{name.replace('-', '_')}-{version}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,8 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes | Path], version
     with ZipFile(wheel, "w") as archive:
         for path, content in files.items():
             archive.writestr(path, content if isinstance(content, bytes) else content.read_bytes())
-        archive.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Python: {python}\n"
+        archive.writestr(f"{stem}.dist-info/METADATA", metadata)
         archive.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{stem}.dist-info/RECORD", "")
     return wheel
