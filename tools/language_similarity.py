@@ -26,7 +26,8 @@ from lit_llm.callbacks.report_style import STYLE
 from lit_llm.data.rows import load_rows
 from lit_llm.evaluation.language_similarity import SimilarityReport, aggregate, measure
 from lit_llm.models.language_model import LanguageModel, ModelSpec
-from lit_llm.storage import cache_folder, write_atomically
+from lit_llm.models.surgery import decoder_layers
+from lit_llm.storage import write_atomically
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,10 +54,10 @@ def similarity_of(given: argparse.Namespace) -> SimilarityReport:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"Language {min(twice)!r} is named twice. Give every language one file, old or new.")
     groups = {name: group for group, name, _ in sources}
-    texts = {name: read_documents(source, given.column) for _, name, source in sources}
+    texts = {name: load_rows(source, _columns(source, given.column), ("text",)) for _, name, source in sources}
     model = ModelSpec(source=given.model, dtype=given.dtype).load().to(given.device)
     documents = {name: _encoded(rows, model, given.seed, name) for name, rows in texts.items()}
-    body, mlps = model.transformer.base_model, decoder_mlps(model)
+    body, mlps = model.transformer.base_model, [layer.mlp for layer in decoder_layers(model.transformer)]
     vectors, measured = measure(
         body,
         mlps,
@@ -73,17 +74,6 @@ def similarity_of(given: argparse.Namespace) -> SimilarityReport:
     return aggregate(means, groups, measured, skip_special_tokens=not given.keep_special_tokens, **about)
 
 
-def read_documents(source: str, column: str):
-    """The documents of a file as rows with the column `text`; they stay on disk."""
-    import datasets
-
-    if not source.endswith((".txt", ".txt.gz")):
-        return load_rows(source, {"text": column}, ("text",))
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"No text file at {source} (looked in {Path.cwd()}).")
-    return datasets.load_dataset("text", data_files=source, split="train", cache_dir=str(cache_folder() / "datasets"))
-
-
 def page_of(report: SimilarityReport) -> str:
     """The figures and the table as one page that opens offline."""
     figures = "".join(similarity_figures(asdict(report)))
@@ -94,6 +84,10 @@ def page_of(report: SimilarityReport) -> str:
         f"<p class=models>{escape(report.model)}</p><div class=figures>{figures}</div>"
         f"<pre>{escape(report.text())}</pre></body></html>\n"
     )
+
+
+def _columns(source: str, column: str) -> dict[str, str]:
+    return {} if source.endswith((".txt", ".txt.gz")) else {"text": column}
 
 
 def _encoded(rows, model: LanguageModel, seed: int, language: str) -> Iterator[list[int]]:
@@ -127,16 +121,6 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and found and source):
         raise argparse.ArgumentTypeError(f"{text!r} is not LANGUAGE=FILE, such as hu=hu.txt")
     return name, source
-
-
-def decoder_mlps(model: LanguageModel) -> list[torch.nn.Module]:
-    """The MLP of every decoder layer."""
-    layers = max(
-        (m for m in model.transformer.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[]
-    )
-    if not layers or not all(hasattr(layer, "mlp") for layer in layers):
-        raise ValueError(f"{type(model.transformer).__name__} has no decoder layers with an MLP called `mlp`.")
-    return [layer.mlp for layer in layers]
 
 
 if __name__ == "__main__":

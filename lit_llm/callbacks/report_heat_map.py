@@ -44,7 +44,7 @@ def heat_map(
             _cell(left + j * wide, top, wide, value, f"{name}, {columns[j]}", (low, high), len(columns))
             for j, value in enumerate(row)
         ]
-    every = math.ceil(len(columns) / 12)
+    every = max(1, math.ceil(len(columns) / 12))
     for j in range(0, len(columns), every):
         x = left + (j + 0.5) * wide
         parts.append(f'<text class=tick x="{x:.1f}" y="{height - 6}" text-anchor="middle">{escape(columns[j])}</text>')

@@ -226,12 +226,12 @@ class Method(Answering):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.languages is not None:
-            self.languages.finish("val")
+            self.language_report = self.languages.finish("val")
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
         if self.languages is not None:
-            self.languages.finish("test")
+            self.language_report = self.languages.finish("test")
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")

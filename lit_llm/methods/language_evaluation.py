@@ -57,21 +57,28 @@ class LanguageEvaluation:
             loss, correct = loss + terms.loss, correct + terms.correct
         return HeadTerms(loss, len(batch.language_T), loss, correct)
 
-    def finish(self, stage: str) -> None:
-        """Log the scores of an evaluation that has ended; a validation becomes a moment of the table."""
+    def finish(self, stage: str) -> dict[str, Any] | None:
+        """Log the scores of an evaluation that has ended, and give what the callbacks write of it.
+
+        A validation becomes a moment of the table.
+        """
         if self._scores is None:
-            return
+            return None
         scores, method = self._scores.compute(), self.method
         self._scores = None
         if method.trainer.sanity_checking:
-            return
+            return None
         for name, score in {**scores, **self._means(scores)}.items():
             for kind in ("loss", "accuracy", "perplexity"):
                 method.log(f"{stage}/{kind}_{name}", getattr(score, kind), batch_size=1)
+        table = self.table
         if stage == "val" and method.trainer.state.fn == "fit":
             self._remember(scores)
-        if stage == "test":
-            rank_zero_info(ForgettingTable(self.groups, [("test", scores)]).text())
+        else:
+            table = ForgettingTable(self.groups, [(stage, scores)])
+        rank_zero_info("\n" + table.text())
+        moments = [[name, {key: list(value) for key, value in found.items()}] for name, found in table.moments]
+        return {"groups": self.groups, "languages": self.languages, "moments": moments, "table": table.text()}
 
     def state(self) -> list[Any]:
         """The table's moments, for a checkpoint."""
@@ -95,4 +102,3 @@ class LanguageEvaluation:
         path = self.method.run_folder / FILE  # on every rank: finding the folder may communicate
         if self.method.trainer.is_global_zero:
             self.table.write(path)
-            rank_zero_info("\n" + self.table.text())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_llm.data.batch import LanguageBatch
 from lit_llm.data.languages import Languages
-from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics, RoutingSummary
+from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
 from lit_llm.losses.routing import (
     PriorForm,
     RoutingLoss,
@@ -113,7 +113,6 @@ class LayerMoE(Method):
         self.dispatch, self.routing_window = dispatch, routing_window
         self._check(dict(locals()))
         self.plan: ExpansionPlan | None = None
-        self.routing: RoutingSummary | None = None  # of the last evaluation
         self._window: RoutingStatistics | None = None
         self._evaluated: RoutingStatistics | None = None
 
@@ -324,11 +323,19 @@ class LayerMoE(Method):
         self._finish_routing("test")
 
     def _finish_routing(self, stage: str) -> None:
-        self.routing = self._evaluated.compute()
+        found = self._evaluated.compute()
         self._evaluated.reset()
-        if not self.trainer.sanity_checking:
-            for name, value in self.routing.scalars().items():
-                self.log(f"{stage}/routing/{name}", value, batch_size=1)
+        if self.trainer.sanity_checking or self.language_report is None:
+            return
+        for name, value in found.scalars().items():
+            self.log(f"{stage}/routing/{name}", value, batch_size=1)
+        self.language_report["routing"] = {
+            "layers": self.plan.routed_layers,
+            "experts": found.experts,
+            "by_layer": found.layers,
+            "by_language": found.languages,
+            "load_shares": found.load_shares,
+        }
 
     @property
     def evaluation_words(self) -> str:

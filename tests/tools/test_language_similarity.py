@@ -64,4 +64,4 @@ def test_a_column_is_named_and_errors_are_sentences(files, tmp_path):
     assert tool(tmp_path, *pair, "--column", "nothing").returncode == 1
     twice = ["--old", f"en={files['en']}", "--new", f"en={files['hu']}"]
     assert "error: Language 'en' is named twice" in tool(tmp_path, *twice).stderr
-    assert "error: No text file at" in tool(tmp_path, "--old", "en=no.txt", "--new", f"hu={files['hu']}").stderr
+    assert "error: No data file at" in tool(tmp_path, "--old", "en=no.txt", "--new", f"hu={files['hu']}").stderr
