@@ -31,7 +31,18 @@ class Progress(TQDMProgressBar):
 
     def __init__(
         self,
-        terms: tuple[str, ...] = ("loss", "ce", "kd", "t2s_ce", "t2s_kd", "s2t_kd", "lm", "balance", "lpr", "classifier"),
+        terms: tuple[str, ...] = (
+            "loss",
+            "ce",
+            "kd",
+            "t2s_ce",
+            "t2s_kd",
+            "s2t_kd",
+            "lm",
+            "balance",
+            "lpr",
+            "classifier",
+        ),
         every_n_steps: int | None = None,
     ) -> None:
         super().__init__()

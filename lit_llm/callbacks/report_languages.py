@@ -95,7 +95,9 @@ def _parameters(counts: dict[str, int]) -> str:
         "active": "used by one token",
         "active_bypassed": "used by a token that all classifiers keep at expert 0",
     }
-    shown = {name: told for name, told in words.items() if name != "active_bypassed" or counts[name] != counts["active"]}
+    shown = {
+        name: told for name, told in words.items() if name != "active_bypassed" or counts[name] != counts["active"]
+    }
     items = "".join(f"<div><dt>{told}</dt><dd>{_millions(counts[name])}</dd></div>" for name, told in shown.items())
     return f"<dl class=facts>{items}</dl>"
 
@@ -127,7 +129,11 @@ def _curves(run: RunData, line: dict[str, Any]) -> list[str]:
     losses = {f"val/loss_{language}": language for language in line["languages"]}
     balance = {"max_violation": "mean", "max_violation_worst": "worst layer"}
     prior = {"old_prob_expert0": "old languages", "new_prob_expert0": "new languages"}
-    classifier = {"classifier_acc_old": "old languages", "classifier_acc_new": "new languages", "bypass_share": "bypassed"}
+    classifier = {
+        "classifier_acc_old": "old languages",
+        "classifier_acc_new": "new languages",
+        "bypass_share": "bypassed",
+    }
     entropy = {"load_entropy": "of the load", "router_entropy": "of the router"}
     return [
         _figure(run, "Validation loss by language", losses),

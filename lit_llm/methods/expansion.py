@@ -118,7 +118,9 @@ def _similarity(student: LanguageModel, data: Languages, settings: Similarity, s
     if settings.file is not None:
         path = Path(settings.file)
         if not path.is_file():
-            raise FileNotFoundError(f"similarity.file is {settings.file}, which does not exist (looked from {Path.cwd()}).")
+            raise FileNotFoundError(
+                f"similarity.file is {settings.file}, which does not exist (looked from {Path.cwd()})."
+            )
         return SimilarityReport.read(path)
     found: dict[str, Any] | None = None
     if strategy.is_global_zero:

@@ -38,7 +38,12 @@ from lit_llm.models.language_model import ModelSpec
 _STAGE_1 = {"expand": None, "similarity": None, "balance_coef": 0.01, "balance_over": "micro_batch"}
 _STAGE_2 = {
     **{"lpr_coef": 0.1, "lpr_form": "exact", "prior_groups": "original", "classifier_layers": None},
-    **{"classifier_coef": 0.1, "classifier_scope": "token", "classifier_gate": "predicted", "classifier_threshold": 0.5},
+    **{
+        "classifier_coef": 0.1,
+        "classifier_scope": "token",
+        "classifier_gate": "predicted",
+        "classifier_threshold": 0.5,
+    },
 }
 
 
@@ -168,9 +173,7 @@ class LayerMoE(Method):
                     f"{len(data.groups)}. Set model.expand.new_experts, or another rule."
                 )
             return plan
-        plan = plan_expansion(
-            self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy
-        )
+        plan = plan_expansion(self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy)
         surgery.expand(model, plan, settings.seed, settings.router_init, self.dispatch)
         return plan
 
@@ -199,13 +202,16 @@ class LayerMoE(Method):
     # -------------------------------------------------------------- training
 
     def training_step(self, batch: LanguageBatch, batch_idx: int) -> Tensor:
-        terms = self.terms(batch)
+        nll_T, records = self.routed(batch)
+        self._count(self._window, batch, records)
+        terms = self.terms(batch, nll_T, records)
         loss, counts = 0.0, self.step_counts(batch)
         for name, term in terms.items():
             weighted = self.coefficients[name] * term.loss * self.step_weight(batch, counts[name])
             loss = loss + weighted
             self.log_step({name: term.loss}, term.tokens)
         self.log("train/loss", loss.detach(), batch_size=1)
+        self._log_languages(batch, nll_T.detach())
         self._log_window()
         return loss
 
@@ -216,21 +222,22 @@ class LayerMoE(Method):
             return {"lm": 1.0, "balance": self.balance_coef}
         return {"lm": 1.0, "lpr": self.lpr_coef, "classifier": self.classifier_coef}
 
-    def terms(self, batch: LanguageBatch) -> dict[str, RoutingLoss]:
-        """The terms of the objective as sums over tokens; routing is counted on the way.
+    def routed(self, batch: LanguageBatch) -> tuple[Tensor, dict[int, Routing]]:
+        """(T,) negative log-likelihoods, and what the routed layers decided, in their order."""
+        with collect_routing(self.student, batch.group_BL, batch.language_BL >= 0) as records:
+            hidden_TD = self.student.hidden(batch.student)
+        target_T = batch.student.target_T
+        nll_T = -token_log_probs(hidden_TD, self.student.head, target_T, chunk_size=self.loss_chunk)
+        return nll_T, {layer: records[layer] for layer in sorted(records)}
+
+    def terms(self, batch: LanguageBatch, nll_T: Tensor, records: dict[int, Routing]) -> dict[str, RoutingLoss]:
+        """The terms of the objective as sums over tokens, from what `routed` gave.
 
             stage 1:  L_LM + alpha L_balance                        stage 2:  L_LM + gamma L_LPR + beta L_classifier
         """
-        target_T, real_BL = batch.student.target_T, batch.language_BL >= 0
-        with collect_routing(self.student, batch.group_BL, real_BL) as records:
-            hidden_TD = self.student.hidden(batch.student)
-        nll_T = -token_log_probs(hidden_TD, self.student.head, target_T, chunk_size=self.loss_chunk)
-        records = {layer: records[layer] for layer in sorted(records)}
-        self._count(self._window, batch, records)
-        self._log_languages(batch, nll_T.detach())
-        terms = {"lm": RoutingLoss(nll_T.sum(), torch.tensor(len(target_T), device=nll_T.device))}
+        terms = {"lm": RoutingLoss(nll_T.sum(), torch.tensor(len(nll_T), device=nll_T.device))}
         logits = [record.router_logits_MN for record in records.values()]
-        real_M, group_M = real_BL.flatten(), batch.group_BL.flatten()
+        real_M, group_M = (batch.language_BL >= 0).flatten(), batch.group_BL.flatten()
         if self.stage == 1:
             terms["balance"] = load_balance(logits, self.plan.experts_per_token, real_M, self._load(logits, real_M))
             return terms
@@ -273,7 +280,7 @@ class LayerMoE(Method):
 
         def term(name: str) -> Callable[[], Tensor]:
             weight = self.coefficients[name] * self.step_weight(batch, counts[name])
-            return lambda: self.terms(batch)[name].loss * weight
+            return lambda: self.terms(batch, *self.routed(batch))[name].loss * weight
 
         left_out = set() if self.plan.classifier_layers else {"classifier"}
         return {name: term(name) for name, value in self.coefficients.items() if value and name not in left_out}
@@ -300,7 +307,7 @@ class LayerMoE(Method):
 
     def _log_languages(self, batch: LanguageBatch, nll_T: Tensor) -> None:
         """The loss of old and of new languages apart, where a stage trains on both."""
-        if self.stage == 2 and self._trainer is not None:
+        if self.stage == 2:
             groups = torch.tensor(self.trainer.datamodule.group_of, device=nll_T.device)
             old_T = groups[batch.language_T] == 0
             for name, kept_T in (("lm_old", old_T), ("lm_new", ~old_T)):
@@ -365,7 +372,9 @@ class LayerMoE(Method):
         if self.routing_window < 1:
             raise ValueError(f"model.routing_window is {self.routing_window}; it counts optimizer steps, at least 1.")
         if self.similarity is not None and self.expand_settings is None:
-            raise ValueError("model.similarity is set, but model.expand is not, so nothing would use it. Set model.expand.")
+            raise ValueError(
+                "model.similarity is set, but model.expand is not, so nothing would use it. Set model.expand."
+            )
         if self.lpr_form == "released" and self.prior_groups == "all":
             raise ValueError(
                 "model.lpr_form is 'released', but model.prior_groups is 'all', which the released code has not. Keep one."

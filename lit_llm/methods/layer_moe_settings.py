@@ -29,7 +29,9 @@ class Similarity:
     def __post_init__(self) -> None:
         for name in ("tokens_per_language", "max_length", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"similarity.{name} is {getattr(self, name)}; it counts tokens and must be at least 1.")
+                raise ValueError(
+                    f"similarity.{name} is {getattr(self, name)}; it counts tokens and must be at least 1."
+                )
 
 
 @dataclass

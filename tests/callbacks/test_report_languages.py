@@ -82,7 +82,10 @@ def test_experts_and_active_parameters_are_told(run):
 def test_routing_is_drawn_by_language_and_layer_and_load_by_expert(run):
     path = write_report(run)
     text = text_of(path)
-    for title in ("Probability of expert 0, by language and layer", "Load: share of the slots of each expert, by layer"):
+    for title in (
+        "Probability of expert 0, by language and layer",
+        "Load: share of the slots of each expert, by layer",
+    ):
         assert title in text
     assert "fr, 4: 0.8" in text and "hu, 0: 0.15" in text
     assert "en, 4: 0.99" in text and "en, 0: 0.99" not in text  # layer 0 has no classifier, and no column
