@@ -82,6 +82,8 @@ class Classifier(Router):
         threshold: a token with a larger probability of class 0 uses expert 0 alone.
         gate: decide by prediction, or in training by the labels given to `collect_routing`.
         device: of the weight.
+        reach: for the released code's unused branch with a class per group of languages: among how many experts, in
+            order of addition, each class is routed. None: two classes, expert 0 alone or all experts.
     """
 
     def __init__(
@@ -91,14 +93,18 @@ class Classifier(Router):
         threshold: float = 0.5,
         gate: Gate = "predicted",
         device: torch.device | None = None,
+        reach: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(2, hidden_size, device)
+        super().__init__(2 if reach is None else len(reach), hidden_size, device)
+        self.reach = reach
+        if reach is not None and reach[0] != 1:
+            raise ValueError(f"The classifier's reach is {reach}; its first class uses expert 0 alone, so 1.")
         if not 0 < threshold < 1:
             raise ValueError(f"The classifier's threshold is {threshold}; it is a probability between 0 and 1.")
         self.scope, self.threshold, self.gate = scope, threshold, gate
 
     def decide(self, x_BTH: Tensor, collector: Collector | None) -> tuple[Tensor, Tensor]:
-        """Logits (M or B, 2), and (M,) which positions use expert 0 alone. No gradient flows through the decision.
+        """Logits (M or B, 2), and the class (M,) of every position. No gradient flows through the decision.
 
         Raises:
             ValueError: the gate follows labels, and there are none.
@@ -114,10 +120,13 @@ class Classifier(Router):
                     "classifier_gate is 'label', but no labels were given. Run the model inside "
                     "`collect_routing(model, token_labels=...)`, or use 'predicted'."
                 )
-            old = labels_M.view(batch, length)[:, 0] == 0 if by_row else labels_M == 0
+            labels = labels_M.view(batch, length)[:, 0] if by_row else labels_M
+            decided = torch.where(labels < 0, 1, labels).clamp(max=len(self.weight) - 1)
+        elif len(self.weight) == 2:
+            decided = (logits.detach().softmax(-1)[:, 0] <= self.threshold).long()
         else:
-            old = logits.detach().softmax(-1)[:, 0] > self.threshold
-        return logits, old.repeat_interleave(length, output_size=batch * length) if by_row else old
+            decided = logits.argmax(-1)
+        return logits, decided.repeat_interleave(length, output_size=batch * length) if by_row else decided
 
     def extra_repr(self) -> str:
         return f"scope={self.scope}, threshold={self.threshold}, gate={self.gate}"
@@ -279,12 +288,18 @@ class RoutedMLP(nn.Module):
         return all(bank.copies(self.base) for bank in self.experts.values())
 
     def _route(self, x_BTH: Tensor, collector: Collector | None) -> Routing:
-        logits_MN = self.router(x_BTH.flatten(0, -2))
-        top = logits_MN.softmax(-1).topk(min(self.experts_per_token, self.num_experts))
+        logits_MN = scores_MN = self.router(x_BTH.flatten(0, -2))
+        classifier_logits = bypass_M = None
+        if self.classifier is not None:
+            classifier_logits, class_M = self.classifier.decide(x_BTH, collector)
+            bypass_M = class_M == 0
+            if self.classifier.reach is not None:
+                reach_M = torch.tensor(self.classifier.reach, device=class_M.device)[class_M]
+                beyond_MN = torch.arange(self.num_experts, device=class_M.device) >= reach_M[:, None]
+                scores_MN = logits_MN.masked_fill(beyond_MN, -torch.inf)
+        top = scores_MN.softmax(-1).topk(min(self.experts_per_token, self.num_experts))
         gates_Mk = top.values / top.values.sum(-1, keepdim=True) if self.renormalise else top.values
-        if self.classifier is None:
-            return Routing(logits_MN, top.indices, gates_Mk)
-        return Routing(logits_MN, top.indices, gates_Mk, *self.classifier.decide(x_BTH, collector))
+        return Routing(logits_MN, top.indices, gates_Mk, classifier_logits, bypass_M)
 
     def _mix(self, x_MH: Tensor, routing: Routing) -> Tensor:
         """(M, H) weighted sum of the routed experts."""

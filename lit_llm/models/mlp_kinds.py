@@ -125,6 +125,10 @@ def _is_transposed(layer: nn.Module) -> bool:
     return type(layer) is Conv1D
 
 
+def _product_of_one(x_nI: Tensor, weight_1OI: Tensor, bias_1O: Tensor | None) -> Tensor:
+    return nn.functional.linear(x_nI, weight_1OI[0], None if bias_1O is None else bias_1O[0])
+
+
 @torch.no_grad()
 def _check(mlp: nn.Module, kind: MlpKind) -> None:
     """The module's own forward against the kind's formula."""
@@ -140,9 +144,7 @@ def _check(mlp: nn.Module, kind: MlpKind) -> None:
     mlp.eval()
     try:
         own = mlp(probe_nH).float()
-        ours = as_stack(mlp, kind, probe_nH, lambda rows, weight, bias: nn.functional.linear(
-            rows, weight[0], None if bias is None else bias[0]
-        )).float()  # fmt: skip
+        ours = as_stack(mlp, kind, probe_nH, _product_of_one).float()
     finally:
         mlp.train(training)
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 5e-2

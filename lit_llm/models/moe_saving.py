@@ -176,32 +176,36 @@ def apply_delta(model: nn.Module, folder: Path) -> nn.Module:
     """
     from safetensors import safe_open
 
-    plan, file = ExpansionPlan.load(folder), Path(folder) / _TENSORS_FILE
-    current = surgery.plan_of(model)
-    if current is not None:
-        surgery.check_groups(current, plan)
-    with safe_open(file, "pt") as stored:
-        names, needed = set(stored.keys()), set(_tensor_names(model, plan))
-        experts = {name for name in needed if _is_expert(name)}
-        whole, complete = experts <= names, current is not None and current.extends(plan)
-        if not whole and not complete:
-            raise ValueError(
-                f"The delta in {folder} holds routers and classifiers only, for a model with {plan.expert_counts} experts "
-                f"per layer. Apply the one with the experts first."
-            )
-        if missing := sorted((needed if whole else needed - experts) - names):
-            raise ValueError(f"The delta in {folder} lacks {len(missing)} of its plan's tensors, e.g. {missing[0]}.")
-        if not whole and stored.metadata()["experts"] != _experts_fingerprint(model):
-            raise ValueError(
-                f"The delta in {folder} holds routers for other experts than this model has: their fingerprints differ. "
-                f"Apply the delta with the experts of the same run first."
-            )
+    plan = ExpansionPlan.load(folder)
+    surgery.check_shape(model, plan)
+    with safe_open(Path(folder) / _TENSORS_FILE, "pt") as stored:
+        names = set(stored.keys())
+        _check_delta(model, plan, names, stored.metadata()["experts"], folder)
         surgery.expand(model, plan)
         with torch.no_grad():
             for name, parameter in _added_tensors(model):
                 if name in names:
                     parameter.copy_(stored.get_tensor(name))
     return model
+
+
+def _check_delta(model: nn.Module, plan: ExpansionPlan, names: set[str], fingerprint: str, folder: Path) -> None:
+    """Whether a delta with these tensors is enough for this model."""
+    needed, current = set(_tensor_names(model, plan)), surgery.plan_of(model)
+    experts = {name for name in needed if _is_expert(name)}
+    with_experts = bool(experts & names)
+    if not with_experts and (current is None or current.expert_counts != plan.expert_counts):
+        raise ValueError(
+            f"The delta in {folder} holds routers and classifiers only, for a model with {plan.expert_counts} experts per "
+            f"layer. Apply the one with the experts first."
+        )
+    if missing := sorted((needed if with_experts else needed - experts) - names):
+        raise ValueError(f"The delta in {folder} lacks {len(missing)} of its plan's tensors, e.g. {missing[0]}.")
+    if not with_experts and fingerprint != _experts_fingerprint(model):
+        raise ValueError(
+            f"The delta in {folder} holds routers for other experts than this model has: their fingerprints differ. Apply "
+            f"the delta with the experts of the same run first."
+        )
 
 
 def _added_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

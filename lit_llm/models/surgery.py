@@ -87,7 +87,9 @@ def expand(
     if hasattr(model, "peft_config"):
         raise ValueError("This model has adapters (lora). Merge them or leave them out before it is expanded.")
     check_class(model)
-    _check_plan(model, plan)
+    check_shape(model, plan)
+    if plan_of(model) is None:
+        check_base(model, plan)
     generator = torch.Generator().manual_seed(seed)
     insert(model, plan, generator, keep_rows=router_init == "keep", dispatch=dispatch)
     adopt(model, plan)
@@ -262,11 +264,15 @@ def _set_classifier(
         routed.classifier = classifier.train(routed.training)
 
 
-def _check_plan(model: nn.Module, plan: ExpansionPlan) -> None:
-    """The plan against the model as it is, before anything is changed."""
+def check_shape(model: nn.Module, plan: ExpansionPlan) -> None:
+    """The plan against the model as it is, but for weights.
+
+    Raises:
+        ValueError: another family or size, or a plan that does not continue the model's own.
+    """
     current = plan_of(model)
     if current is not None:
-        check_groups(current, plan)
+        _check_groups(current, plan)
         if not plan.extends(current):
             raise ValueError(
                 f"The plan does not continue the model's own, which has {current.expert_counts} experts per layer in "
@@ -292,8 +298,6 @@ def _check_plan(model: nn.Module, plan: ExpansionPlan) -> None:
                     f"The MLP of layer {index} has the projections {[*kind.inputs, kind.output]}, but the plan was made "
                     f"for {plan.mlp.names}."
                 )
-    if current is None:
-        check_base(model, plan)
 
 
 def check_base(model: nn.Module, plan: ExpansionPlan) -> None:
@@ -312,7 +316,7 @@ def check_base(model: nn.Module, plan: ExpansionPlan) -> None:
         )
 
 
-def check_groups(current: ExpansionPlan, plan: ExpansionPlan) -> None:
+def _check_groups(current: ExpansionPlan, plan: ExpansionPlan) -> None:
     """The groups of a plan against those that the model has.
 
     Raises:

@@ -36,13 +36,12 @@ def check_forward(case: Case) -> None:
 
 
 def check_classifier_gate(case: Case) -> None:
-    if (
-        case.hparams["groups"] != 2
-        or case.hparams.get("old_num_experts", case.hparams["num_experts"]) != (case.hparams["num_experts"])
-    ):
-        raise NotImplementedError("a third group, or routing among some of the experts, is in no recipe")
     block = _block(case, renormalise=True)
-    block.classifier = Classifier(case.hparams["hidden_size"], case.hparams["scope"]).to(case.dtype)
+    num_experts, groups = case.hparams["num_experts"], case.hparams["groups"]
+    reach = (1, case.hparams.get("old_num_experts", num_experts), num_experts)[:groups]
+    usual = groups == 2 and reach[1] == num_experts
+    scope = case.hparams["scope"]
+    block.classifier = Classifier(case.hparams["hidden_size"], scope, reach=None if usual else reach).to(case.dtype)
     with torch.no_grad():
         block.router.weight.copy_(case["router.weight"])
         block.classifier.weight.copy_(case["classifier.weight"])
@@ -50,11 +49,12 @@ def check_classifier_gate(case: Case) -> None:
     with collect_routing(block) as records:
         y = block(x)
     routing = records[0]
-    by_row = case.hparams["scope"] == "sequence_sum"
+    by_row = scope == "sequence_sum"
     case.check("y", y)
     case.check("classifier_logits", routing.classifier_logits)
-    judged_new = ~routing.bypass_M.view(x.shape[:2])[:, 0] if by_row else ~routing.bypass_M
-    case.check("group", judged_new)
+    _, judged_M = block.classifier.decide(x, None)
+    assert torch.equal(routing.bypass_M, judged_M == 0)
+    case.check("group", judged_M.view(x.shape[:2])[:, 0] if by_row else judged_M)
     case.check("mixture_weight", routing.mixture_MN)
     if "router_logits" in case:
         case.check("router_logits", routing.router_logits_MN)

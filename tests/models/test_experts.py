@@ -349,6 +349,46 @@ def test_segments_of_fixed_length_hold_what_exact_ones_hold():
     assert sum(int(part.inside_Mk.sum()) for part in exact) == int((experts < 6).sum())
 
 
+class Poisoned(torch.autograd.Function):
+    """Puts NaN where a grouped product leaves memory as it was: beyond the last end, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, rows, end):
+        ctx.end = end
+        return Poisoned.tail(rows, end)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Poisoned.tail(grad, ctx.end), None
+
+    @staticmethod
+    def tail(rows, end):
+        return torch.cat([rows[:end], torch.full_like(rows[end:], float("nan"))])
+
+
+@pytest.mark.parametrize("classifier", [None, "token"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_beyond_the_rows_of_a_segment_reaches_nothing(kind, classifier, monkeypatch):
+    def results():
+        block = routed(kind, classifier=classifier, backend="grouped", layer=LengthUnknown)
+        torch.manual_seed(2)
+        x = torch.randn(2, 9, 16, requires_grad=True)
+        y = block(x)
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for part in (block.experts, block.router) for p in part.parameters())]
+
+    clean, product = results(), torch.nn.functional.grouped_mm
+    ends = []
+
+    def poisoning(rows, weights, offs):
+        ends.append(int(offs[-1]) < len(rows))
+        return Poisoned.apply(product(Poisoned.apply(rows, int(offs[-1])), weights, offs=offs), int(offs[-1]))
+
+    monkeypatch.setattr(dispatch.F, "grouped_mm", poisoning)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(results(), clean))
+    assert any(ends)
+
+
 # ------------------------------------------------------------ the classifier
 
 
@@ -366,6 +406,24 @@ def test_a_gate_by_label_follows_labels_in_training_only(scope):
         block(x)
     block.eval()
     block(x)
+
+
+def test_a_class_per_group_of_languages_limits_how_far_its_tokens_are_routed():
+    block = routed(counts=(2, 2), dtype=torch.float64)
+    block.classifier = Classifier(16, reach=(1, 3, 5)).double()
+    block.classifier.reset(torch.Generator().manual_seed(0))
+    x = torch.randn(2, 40, 16, dtype=torch.float64)
+    with collect_routing(block) as records:
+        y = block(x).flatten(0, 1)
+    judged = records[0].classifier_logits.argmax(-1)
+    experts, tokens = experts_one_by_one(block), x.flatten(0, 1)
+    for group, reach in enumerate((1, 3, 5)):
+        chosen = judged == group
+        assert 5 < chosen.sum() < 60
+        expected, _ = routed_layer(tokens[chosen], block.router.weight[:reach], experts[:reach], 2)
+        torch.testing.assert_close(y[chosen], expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"reach is \(2, 3\)"):
+        Classifier(16, reach=(2, 3))
 
 
 def test_the_threshold_moves_the_decision():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.models.language_model import LanguageModel, ModelSpec
 from lit_llm.models.moe_saving import apply_delta, family_classes, save_delta
@@ -63,6 +63,7 @@ def test_our_loader_reads_it_trains_it_and_writes_it_again(tmp_path, byte_level_
     second = ModelSpec(source=str(tmp_path / "expanded"), gradient_checkpointing=True).load()
     assert second.family == first.family == "llama" and not second._packing_unknown
     assert torch.equal(logits(second.transformer.eval()), logits(first.transformer.eval()))
+    assert AutoTokenizer.from_pretrained(tmp_path / "expanded").get_vocab() == byte_level_tokenizer.get_vocab()
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13]]
     assert second.generate(prompts, max_new_tokens=6) == first.generate(prompts, max_new_tokens=6)
     plan = plan_of(second.transformer).with_group("second", ["hi"], [2, 1, 1])
@@ -190,21 +191,24 @@ def test_a_delta_knows_its_base_and_the_order_of_groups(tmp_path):
     expand(other, dense_plan(other).with_group("second", ["hi"], [2, 2, 2]))
     with pytest.raises(ValueError, match="groups original, first, but the model was expanded with original, second"):
         apply_delta(other, tmp_path / "delta")
+    with pytest.raises(ValueError, match="for 3 layers, but LlamaForCausalLM has 2"):
+        apply_delta(dense(layers=2), tmp_path / "delta")
     with pytest.raises(FileNotFoundError, match="no saved expansion"):
         apply_delta(dense(), tmp_path)
     with pytest.raises(ValueError, match="is dense"):
         save_delta(dense(), tmp_path / "nothing")
 
 
-def test_a_delta_that_lacks_tensors_changes_nothing(tmp_path):
+@pytest.mark.parametrize("lacking", ["layers.2.router.weight", "layers.0.experts.1.out_proj_bias"])
+def test_a_delta_that_lacks_tensors_changes_nothing(lacking, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    save_delta(learned(), tmp_path / "delta")
+    save_delta(learned("gpt2"), tmp_path / "delta")
     file = tmp_path / "delta" / "layer_moe.safetensors"
     tensors = load_file(file)
-    del tensors["layers.2.router.weight"]
+    del tensors[lacking]
     save_file(tensors, file, {"experts": ""})
-    model = dense()
-    with pytest.raises(ValueError, match=r"lacks 1 of its plan's tensors, e.g. layers.2.router.weight"):
+    model = dense("gpt2")
+    with pytest.raises(ValueError, match=rf"lacks 1 of its plan's tensors, e.g. {lacking}"):
         apply_delta(model, tmp_path / "delta")
     assert plan_of(model) is None and not routed_layers(model)

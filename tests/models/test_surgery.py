@@ -225,9 +225,10 @@ def test_classifiers_are_put_where_they_are_wanted_and_nowhere_else():
     assert plan.layers[2].classifier == ClassifierPlan("sequence_sum", 0.5)
 
 
+@pytest.mark.parametrize("change", [disturb, lambda model: model], ids=["later", "at step 0"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_records_of_a_whole_model_come_by_layer(checkpointing):
-    model = disturb(expanded()).train()
+def test_records_of_a_whole_model_come_by_layer(checkpointing, change):
+    model = change(expanded()).train()
     set_trainable(model, 1)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -235,7 +236,7 @@ def test_records_of_a_whole_model_come_by_layer(checkpointing):
         loss = model(ids(), labels=ids()).loss
     assert sorted(records) == [0, 2] and records[0].router_logits_MN.shape == (57, 3)
     (loss + records[0].router_logits_MN.square().mean()).backward()
-    reference = disturb(expanded()).train()
+    reference = change(expanded()).train()
     set_trainable(reference, 1)
     with collect_routing(reference) as records:
         loss = reference(ids(), labels=ids()).loss
