@@ -58,6 +58,7 @@ def reduced(path: Path, folder: Path) -> Path:
     }
     if config["data"]["class_path"] == "Languages":
         settings["data"]["init_args"] = {"groups": some_text(config, folder / "text"), "row_length": 16}
+        settings["data"]["init_args"] |= {"tokens": None, "num_workers": 0}
     else:
         settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
     tiny = str(CONFIGS / "debug" / "tiny.yaml")

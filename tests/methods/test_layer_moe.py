@@ -221,6 +221,22 @@ def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
+def test_recomputed_activations_give_the_same_weights(first, tmp_path, stage):
+    from lit_llm.models import dispatch
+
+    more = {"source": first / "model", "model": {"classifier_layers": [2]}} if stage == 2 else {}
+    options = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", "--trainer.max_steps=3")
+    found = []
+    for name, recompute in (("kept", "false"), ("recomputed", "true")):
+        dispatch._failed_self_test.cache_clear()  # the first step of a process makes the test
+        config = language_config(tmp_path / name, stage, **more)
+        cli = fit(config, f"--model.init_args.student.gradient_checkpointing={recompute}", *options)
+        found.append(weights(cli.model.run_folder))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
 def test_splitting_a_batch_does_not_change_the_weights(first, tmp_path, stage):
     # the load of the balance loss is that of a micro-batch, as released, and so is left out here
     more = {"source": first / "model", "model": {"classifier_layers": [2]}} if stage == 2 else {}
