@@ -64,6 +64,8 @@ def reduced(path: Path, folder: Path) -> Path:
     tiny = str(CONFIGS / "debug" / "tiny.yaml")
     if not with_stages:
         settings["stages"] = {}
+    elif config.get("stages"):  # a process of its own, which would want the port of this one's process group
+        settings["trainer"]["strategy"] = "auto"
     for name, stage in (config.get("stages", {}) if with_stages else {}).items():
         # the stages of a run are reduced like the run itself
         names = [str(path.parent / file) for file in stage["config"]]
