@@ -233,7 +233,7 @@ class LayerMoE(Method):
     def terms(self, batch: LanguageBatch, nll_T: Tensor, records: dict[int, Routing]) -> dict[str, RoutingLoss]:
         """The terms of the objective as sums over tokens, from what `routed` gave.
 
-            stage 1:  L_LM + alpha L_balance                        stage 2:  L_LM + gamma L_LPR + beta L_classifier
+        stage 1:  L_LM + alpha L_balance                        stage 2:  L_LM + gamma L_LPR + beta L_classifier
         """
         terms = {"lm": RoutingLoss(nll_T.sum(), torch.tensor(len(nll_T), device=nll_T.device))}
         logits = [record.router_logits_MN for record in records.values()]

@@ -375,6 +375,47 @@ def test_expansions_that_make_no_sense_are_refused(settings, said):
         Expand(**settings)
 
 
+def test_methods_and_data_that_do_not_belong_together_are_refused(tmp_path):
+    from tests.tiny_runs import tiny_config
+
+    config = yaml.safe_load(tiny_config(tmp_path / "answers", "kd").read_text())
+    languages = yaml.safe_load(language_config(tmp_path / "text", 1).read_text())
+    for name, model, data, said in (
+        ("kd", config, languages, "KD learns from prompts with answers, but data.class_path is Languages"),
+        (
+            "moe",
+            languages,
+            config,
+            "LayerMoE learns from text in several languages, but data.class_path is Instructions",
+        ),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**config, "model": model["model"], "data": data["data"]}, sort_keys=False))
+        with pytest.raises(ValueError, match=said):
+            fit(path)
+
+
+def test_the_report_tells_what_routers_and_classifiers_did(first, tmp_path):
+    cli = fit(language_config(tmp_path, 2, source=first / "model", model={"classifier_layers": [2]}, max_steps=4))
+    lines = [json.loads(line) for line in (cli.model.run_folder / "languages.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 4] and lines[-1]["routing"]["layers"] == [0, 2]
+    assert [row[0] for row in lines[-1]["routing"]["by_language"]["classifier_acc"]] == [None] * 3
+    page = (cli.model.run_folder / "report.html").read_text(encoding="utf-8")
+    for said in ("What was learned and forgotten", "used by one token", "Classifier: share judged right, by language"):
+        assert said in page
+    assert "train/routing/max_violation" in (cli.model.run_folder / "metrics.csv").read_text()
+
+
+def test_a_checkpoint_of_either_stage_becomes_a_model_folder(first, tmp_path):
+    from lit_llm.training_cli import TrainingCLI
+
+    config = first.parents[2] / "stage1.yaml"
+    last = first / "checkpoints" / "last.ckpt"
+    TrainingCLI.run(["export", "--config", str(config), "--ckpt_path", str(last), "--to", str(tmp_path / "model")])
+    ours, theirs = load_file(tmp_path / "model" / "model.safetensors"), weights(first)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_stages_and_groups_that_do_not_fit_are_refused(first, tmp_path):
     with pytest.raises(ValueError, match=r"model\.stage is 1, but data\.stage is 2"):
         fit(language_config(tmp_path / "a", 1, data={"stage": 2}))
