@@ -51,7 +51,7 @@ class _Work:
 
     def __init__(self, tokens: int, width: int, inner: int, experts: int, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        mlps = nn.ModuleList(_mlp(width, inner) for _ in range(experts)).to(device, dtype)
+        mlps = nn.ModuleList([_mlp(width, inner) for _ in range(experts)]).to(device, dtype)
         mlps[0].requires_grad_(False)
         self.device = device
         self.loop = _PlainLoop(mlps, width).to(device)
@@ -143,7 +143,8 @@ def _mlp(width: int, inner: int) -> nn.Module:
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    return LlamaMLP(AutoConfig.for_model("llama", hidden_size=width, intermediate_size=inner))
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return LlamaMLP(AutoConfig.for_model("llama", **sizes))
 
 
 def _routed(loop: _PlainLoop, backend: str) -> RoutedMLP:
