@@ -185,6 +185,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if path := self.config[self.subcommand].get("ckpt_path"):  # tensors stay on the disk
+            self.model.use_plan_of(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
         if self.config[self.subcommand].compile_loss and not self.model.compiles_loss:
             raise ValueError(
                 f"compile_loss is true, but no part of {type(self.model).__name__}'s loss is compiled. Leave compile_loss out."

@@ -17,6 +17,7 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
     """
     from lit_llm.callbacks.hf_export import HfExport
     from lit_llm.callbacks.histograms import Histograms
+    from lit_llm.callbacks.language_lines import LanguageLines
     from lit_llm.callbacks.metrics_csv import ContinueMetrics
     from lit_llm.callbacks.nan_guard import NanGuard
     from lit_llm.callbacks.progress import Progress
@@ -30,10 +31,10 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
 
     shown = [Progress()] if progress_bar and stage in ("fit", "validate", "test", "predict") else []
     if stage in ("validate", "test"):
-        return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), Report()]
+        return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), LanguageLines(), Report()]
     if stage != "fit":
         return shown
     # Progress shows what Throughput measured; Report reads what all others wrote; the validation before the first step
     # wants everybody else to have started.
-    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), TokenLines(), Histograms()]
+    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), TokenLines(), LanguageLines(), Histograms()]
     return [NanGuard(), Throughput(), *shown, *recorded, HfExport(), Report(), ValidateAtStart()]

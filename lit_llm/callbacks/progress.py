@@ -31,7 +31,18 @@ class Progress(TQDMProgressBar):
 
     def __init__(
         self,
-        terms: tuple[str, ...] = ("loss", "ce", "kd", "t2s_ce", "t2s_kd", "s2t_kd"),
+        terms: tuple[str, ...] = (
+            "loss",
+            "ce",
+            "kd",
+            "t2s_ce",
+            "t2s_kd",
+            "s2t_kd",
+            "lm",
+            "balance",
+            "lpr",
+            "classifier",
+        ),
         every_n_steps: int | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +98,7 @@ class Progress(TQDMProgressBar):
             return
         self._draw(trainer, trainer.global_step)
         results = _without_prefix(trainer.callback_metrics, "val/")
-        results = {name: value for name, value in results.items() if not name.startswith("teacher_")}
+        results = {name: value for name, value in results.items() if not name.startswith(("teacher_", "routing/"))}
         if not results:
             return
         line = f"step {trainer.global_step}, validation: " + _joined(results)

@@ -28,6 +28,9 @@ class RunData:
         config: the same parsed; empty where it is missing or is not a mapping.
         starts: the entries of environment.json, oldest first; None: missing.
         has_model: whether model/ was written.
+        languages: the lines of languages.jsonl; None: missing, as most methods write none.
+        similarity: similarity.json; None: missing, likewise.
+        expansion: expansion.json; None: missing, likewise.
     """
 
     folder: Path
@@ -38,6 +41,9 @@ class RunData:
     config: dict[str, Any]
     starts: list[dict[str, Any]] | None
     has_model: bool
+    languages: list[dict[str, Any]] | None = None
+    similarity: dict[str, Any] | None = None
+    expansion: dict[str, Any] | None = None
 
     def curve(self, name: str) -> Curve:
         """The finite values of a metric; empty where it was never logged."""
@@ -135,11 +141,19 @@ def read_run(folder: Path) -> RunData:
         config=_parsed(config_text),
         starts=None if environment is None else json.loads(environment)["starts"],
         has_model=(folder / "model").is_dir(),
+        languages=_json_lines(folder / "languages.jsonl"),
+        similarity=_json(folder / "similarity.json"),
+        expansion=_json(folder / "expansion.json"),
     )
 
 
 def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    text = _text(path)
+    return None if text is None else json.loads(text)
 
 
 def _parsed(text: str | None) -> dict[str, Any]:

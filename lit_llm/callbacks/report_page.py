@@ -10,6 +10,7 @@ from typing import Any
 from lit_llm.callbacks.report_chart import Level, Series, line_chart
 from lit_llm.callbacks.report_data import RunData
 from lit_llm.callbacks.report_headlines import Headline, headlines
+from lit_llm.callbacks.report_languages import language_section
 from lit_llm.callbacks.report_preference import preference_figures
 from lit_llm.callbacks.report_style import STYLE
 from lit_llm.callbacks.report_tokens import token_section
@@ -24,6 +25,7 @@ def page(run: RunData) -> str:
     title = run.method or run.folder.name
     sections = [
         ("Result", _headline(run)),
+        *([("Languages", languages)] if (languages := language_section(run)) else []),
         ("Curves", _figures(run)),
         ("Samples", _samples(run)),
         *([("Tokens", tokens)] if (tokens := token_section(run)) else []),
@@ -203,7 +205,8 @@ def _loss_terms(run: RunData) -> list[str]:
         terms = ("loss", "kl", "ce", "kl_chosen", "kl_rejected")
         return [name for name in (f"train/{term}" for term in terms) if name in run.names]
     others = {*_ending(run, "accuracy", "agreement", "grad_norm", "ratio"), "train/learning_rate"}
-    return [name for name in run.names if name.startswith("train/") and name not in others]
+    names = [name for name in run.names if name.startswith("train/") and not name.startswith("train/routing/")]
+    return [name for name in names if name not in others]
 
 
 def _ending(run: RunData, *ends: str) -> list[str]:

@@ -49,6 +49,7 @@ class Languages(L.LightningDataModule):
         validation_share: share of the documents of a corpus that is held out.
         validation_tokens: tokens evaluated of each language; None: all that is held out.
         test: language -> source, for the `test` and `predict` subcommands. None: no test.
+        limit: use the first documents of each source only.
         columns: {text: NAME}, where the column with text has another name.
         row_length: tokens of a row; the released recipes have 1024 in stage 1, 512 in stage 2.
         isolate_documents: no document sees another one in its row, and none predicts the next one's beginning. As released,
@@ -75,6 +76,7 @@ class Languages(L.LightningDataModule):
         validation_share: float = 0.1,
         validation_tokens: Optional[int] = 4096,
         test: Optional[dict[str, Sources]] = None,
+        limit: Optional[int] = None,
         columns: Optional[dict[str, str]] = None,
         row_length: int = 512,
         isolate_documents: bool = False,
@@ -94,6 +96,7 @@ class Languages(L.LightningDataModule):
         self.mix = Mix(tokens, temperature, old_share, repeat, row_length)
         self.held_out = {"validation": validation or {}, "test": test or {}}
         self.validation_share, self.validation_tokens = validation_share, validation_tokens
+        self.limit = limit
         self.columns, self.isolate_documents, self.begin = columns or {}, isolate_documents, begin
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.tokenize_workers, self.split_seed, self.seed = tokenize_workers, split_seed, seed
@@ -228,7 +231,7 @@ class Languages(L.LightningDataModule):
                 f"data.validation_share is {self.validation_share}; it is a share of a corpus, between 0 and 1."
             )
         counts = {"batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}
-        for name, value in {**counts, "validation_tokens": self.validation_tokens}.items():
+        for name, value in {**counts, "validation_tokens": self.validation_tokens, "limit": self.limit}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
         if set(self.columns) - {"text"}:
@@ -252,11 +255,11 @@ class Languages(L.LightningDataModule):
         """Say which documents are trained on and which are held out."""
         self._evaluated = {split: {} for split, sources in self.held_out.items() if sources or split == "validation"}
         for language, corpus in self.corpora.items():
-            every = np.arange(len(corpus.documents))
+            every = np.arange(len(corpus.documents))[: self.limit]
             for split in self._evaluated:
                 if source := self.held_out[split].get(language):
                     named = self._corpus(language, source)
-                    self._evaluated[split][language] = named, np.arange(len(named.documents))
+                    self._evaluated[split][language] = named, np.arange(len(named.documents))[: self.limit]
             held = 0
             if language not in self._evaluated["validation"]:
                 held = max(1, round(self.validation_share * len(every)))

@@ -8,6 +8,7 @@ from lit_llm.methods.dskd import DSKD
 from lit_llm.methods.gold import GOLD
 from lit_llm.methods.kd import KD
 from lit_llm.methods.kto import KTO
+from lit_llm.methods.layer_moe import LayerMoE
 from lit_llm.methods.mined import MinED
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
@@ -24,6 +25,7 @@ __all__ = [
     "SFT",
     "ULD",
     "AlignDistil",
+    "LayerMoE",
     "MinED",
     "SharedVocabularyKD",
 ]

@@ -59,6 +59,7 @@ class Answering(L.LightningModule):
         teacher_words: what people call it.
         samples: of the last evaluation.
         token_scores: answers of the last evaluation, token by token; empty where a method has nothing to show of them.
+        language_report: of the last evaluation, by language (see `callbacks.language_lines`); None for other data.
         histograms: name -> values of tokens of the last evaluation, on the CPU; likewise.
     """
 
@@ -72,6 +73,7 @@ class Answering(L.LightningModule):
         self.samples: list[Sample] = []
         self.token_scores: list[TokenScores] = []
         self.histograms: dict[str, Tensor] = {}
+        self.language_report: dict[str, Any] | None = None
         self._start_answers: dict[str, list[str]] = {}
         self._teacher_results: dict[str, dict[str, Any]] = {}
 

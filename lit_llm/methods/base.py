@@ -13,13 +13,15 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.batch import DistillationBatch, LanguageBatch
 from lit_llm.data.instructions import Instructions
 from lit_llm.data.labelled_answers import LabelledAnswers
+from lit_llm.data.languages import Languages
 from lit_llm.data.preferences import Preferences
 from lit_llm.data.tokenized import Alignment
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.answers import Answering, Generation
+from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import ModelSpec
 
@@ -27,6 +29,7 @@ _LEARNED_FROM = {
     Instructions: "prompts with answers",
     Preferences: "pairs of answers",
     LabelledAnswers: "answers labelled good or bad",
+    Languages: "text in several languages",
 }
 
 
@@ -80,12 +83,12 @@ class Method(Answering):
     Attributes:
         alignments: the ways to pair tokens of two tokenizers that the method understands, see `Instructions.alignment`;
             the first one is used where the data does not choose.
-        data_class: the data module that it learns from.
+        data_classes: the data modules that it learns from.
         compiles_loss: whether `--compile_loss` has something to compile.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
-    data_class: type = Instructions
+    data_classes: tuple[type, ...] = (Instructions,)
     compiles_loss = True
 
     def __init__(
@@ -105,23 +108,43 @@ class Method(Answering):
             )
         self.student_spec, self.optimization = student, optimization
         self.loss_chunk = loss_chunk
+        self.languages: LanguageEvaluation | None = None
         self._generators: dict[str, Any] | None = None
 
     # ---------------------------------------------------------------- models
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
-        given = next((kind for kind in (LabelledAnswers, Preferences) if isinstance(data, kind)), Instructions)
-        if data is not None and given is not self.data_class:
+        if data is not None:
+            self._check_data(type(data))
+        if isinstance(data, Languages):
+            self.languages = LanguageEvaluation(self, self.evaluation_words, self.student_spec.source)
+
+    def _check_data(self, given: type) -> None:
+        # the most special class that is known: one of a user's own may extend it
+        known = next(
+            (kind for kind in (LabelledAnswers, Preferences, Languages) if issubclass(given, kind)), Instructions
+        )
+        if known not in self.data_classes:
+            learned = " or ".join(_LEARNED_FROM[kind] for kind in self.data_classes)
+            wanted = " or ".join(kind.__name__ for kind in self.data_classes)
             raise ValueError(
-                f"{type(self).__name__} learns from {_LEARNED_FROM[self.data_class]}, but data.class_path is "
-                f"{type(data).__name__}. Set data.class_path: {self.data_class.__name__}."
+                f"{type(self).__name__} learns from {learned}, but data.class_path is {given.__name__}. Set "
+                f"data.class_path: {wanted}."
             )
+
+    @property
+    def evaluation_words(self) -> str:
+        """What a table over several runs calls this one."""
+        return type(self).__name__
+
+    def use_plan_of(self, checkpoint: dict[str, Any]) -> None:
+        """Take from a checkpoint what `configure_model` must know to build the model that it belongs to."""
 
     @property
     def on_pairs(self) -> bool:
         """Whether batches hold two answers to a prompt."""
-        return issubclass(self.data_class, Preferences)
+        return issubclass(self.data_classes[0], Preferences)
 
     def configure_model(self) -> None:
         if self.student is None:
@@ -204,9 +227,26 @@ class Method(Answering):
 
     def evaluate(self, batch: DistillationBatch, stage: str) -> None:
         """Log loss and accuracy of the student on one batch. Subclasses add what their teacher allows."""
-        hidden_TD = self.student.hidden(batch.student)
-        terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
+        hidden_TD = self.evaluation_hidden(batch)
+        if isinstance(batch, LanguageBatch):
+            terms = self.languages.add(batch, hidden_TD)
+        else:
+            terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         self.log_means(stage, {"loss": terms.loss, "accuracy": terms.correct}, terms.tokens)
+
+    def evaluation_hidden(self, batch: DistillationBatch | LanguageBatch) -> Tensor:
+        """(T, D) hidden states of the student for `evaluate`."""
+        return self.student.hidden(batch.student)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.languages is not None:
+            self.language_report = self.languages.finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        if self.languages is not None:
+            self.language_report = self.languages.finish("test")
 
     def validation_step(self, batch: DistillationBatch, batch_idx: int) -> None:
         self.evaluate(batch, "val")
@@ -229,6 +269,7 @@ class Method(Answering):
             "identity": self.identity(),
             "start_answers": self._start_answers,
             "generators": _generator_states(),
+            "languages": None if self.languages is None else self.languages.state(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -247,6 +288,8 @@ class Method(Answering):
             )
         self._start_answers = checkpoint["lit_llm"]["start_answers"]
         self._generators = checkpoint["lit_llm"]["generators"]
+        if self.languages is not None and (moments := checkpoint["lit_llm"].get("languages")):
+            self.languages.load_state(moments)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it."""

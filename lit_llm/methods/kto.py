@@ -42,7 +42,7 @@ class KTO(PreferenceMethod):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
-    data_class = LabelledAnswers
+    data_classes = (LabelledAnswers,)
 
     def __init__(
         self,

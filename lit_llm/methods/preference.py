@@ -40,7 +40,7 @@ class PreferenceMethod(Method):
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
 
-    data_class = Preferences
+    data_classes = (Preferences,)
     compiles_loss = False
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")

@@ -5,12 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch
+from lit_llm.data.instructions import Instructions
+from lit_llm.data.languages import Languages
 from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.base import Method
 
 
 class SFT(Method):
-    """Fine-tune one model on answers: the baseline of every distillation, and how a teacher is made."""
+    """Fine-tune one model on answers: the baseline of every distillation, and how a teacher is made.
+
+    With `Languages` as data it is continued pre-training of the whole model: the baseline of LayerMoE.
+    """
+
+    data_classes = (Instructions, Languages)
 
     def training_step(self, batch: DistillationBatch, batch_idx: int) -> Tensor:
         hidden_TD = self.student.hidden(batch.student)

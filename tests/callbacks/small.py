@@ -65,6 +65,7 @@ class SmallMethod(L.LightningModule):
 
     teacher = None
     teacher_tokenizer = None
+    language_report = None
 
     def __init__(self, learning_rate: float = 0.1, draws_in_validation: bool = False) -> None:
         super().__init__()

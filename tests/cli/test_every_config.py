@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_llm.data.languages import DEFAULT_GROUPS
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer, tiny_model_folder
+from tests.tiny_languages import write_corpora
 from tests.tiny_runs import write_pairs, write_rows
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,8 +36,9 @@ def reduced(path: Path, folder: Path) -> Path:
     model = config["model"]["init_args"]
     roles = ("student", "teacher", "reference", "dpo", "other", "reference_teacher")
     sources = {role: model[role]["source"] for role in roles if role in model}
-    # one config runs its stages as well; what they are in the others is a recipe of its own
-    with_stages = path.parent == CONFIGS
+    # one config runs its stages as well; what they are in the others is a recipe of its own, except that of a model that
+    # only its first stage makes
+    with_stages = path.parent == CONFIGS or config["model"]["class_path"] == "LayerMoE"
     if with_stages:
         sources = {role: source for role, source in sources.items() if not source.startswith("stage:")}
     sources = {role: sources["student"] if s.startswith("stage:") else s for role, s in sources.items()}
@@ -55,10 +58,16 @@ def reduced(path: Path, folder: Path) -> Path:
         },
         "run": {"root": str(folder / "runs")},
     }
-    settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
+    if config["data"]["class_path"] == "Languages":
+        settings["data"]["init_args"] = {"groups": some_text(config, folder / "text"), "row_length": 16}
+        settings["data"]["init_args"] |= {"tokens": None, "num_workers": 0}
+    else:
+        settings["data"]["init_args"]["columns"] = {"prompt": "prompt"}
     tiny = str(CONFIGS / "debug" / "tiny.yaml")
     if not with_stages:
         settings["stages"] = {}
+    elif config.get("stages"):  # a process of its own, which would want the port of this one's process group
+        settings["trainer"]["strategy"] = "auto"
     for name, stage in (config.get("stages", {}) if with_stages else {}).items():
         # the stages of a run are reduced like the run itself
         names = [str(path.parent / file) for file in stage["config"]]
@@ -66,11 +75,24 @@ def reduced(path: Path, folder: Path) -> Path:
         settings.setdefault("stages", {})[name] = {**stage, "config": [*names, str(own), tiny]}
         # all models of such a run start from one
         shared = yaml.safe_load(own.read_text())
-        shared["model"]["init_args"]["student"] = settings["model"]["init_args"]["student"]
-        own.write_text(yaml.safe_dump(shared))
+        if "student" in settings["model"]["init_args"]:
+            shared["model"]["init_args"]["student"] = settings["model"]["init_args"]["student"]
+        if "groups" in settings["data"]["init_args"]:
+            shared["data"]["init_args"]["groups"] = settings["data"]["init_args"]["groups"]
+        own.write_text(yaml.safe_dump(shared, sort_keys=False))
     override = folder / "reduced.yaml"
-    override.write_text(yaml.safe_dump(settings))
+    override.write_text(yaml.safe_dump(settings, sort_keys=False))
     return override
+
+
+def some_text(config: dict, folder: Path) -> dict[str, dict[str, str]]:
+    """Made-up text for the groups of languages of a config, or for those that it leaves to the default."""
+    groups = config["data"]["init_args"].get("groups") or DEFAULT_GROUPS
+    files = list(write_corpora(folder).values())
+    return {
+        name: {language: files[number % len(files)] for number, language in enumerate(members)}
+        for name, members in groups.items()
+    }
 
 
 def run(*configs: Path, options: tuple[str, ...] = ()) -> TrainingCLI:

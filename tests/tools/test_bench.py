@@ -52,6 +52,26 @@ def test_a_contender_that_computes_something_else_is_void():
     assert rows[2]["tokens/s"] is None and rows[1]["our speed-up"] == 2.0
 
 
+def test_similarity_is_streamed_faster_than_by_pairs_and_is_the_same(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    done = bench("similarity", "--setting", "tiny", "--steps", "2", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["contender"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(rows) == {"lit_llm, streamed", "pairwise"}
+    assert all(row["gap"] < 1e-6 and row["our speed-up"] > 0 for row in rows.values())
+    assert rows["lit_llm, streamed"]["value"] == pytest.approx(rows["pairwise"]["value"], abs=1e-6)
+
+
+def test_the_routed_layer_gives_what_the_released_loop_gives(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    done = bench("moe", "--setting", "tiny", "--steps", "2", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["experts"] for row in rows} == {2, 5} and len(rows) == 8
+    assert all(row["gap"] < 1e-5 for row in rows if row["contender"].startswith("lit_llm"))
+    assert all(row["our speed-up"] > 0 and "void" not in row for row in rows)
+
+
 def test_a_missing_checkout_is_said_by_row():
     done = bench(
         "dskd", "--setting", "tiny", "--steps", "1", "--warmup", "1", "--threads", "1", "--only", "DSKDv2 code"

@@ -1,0 +1,109 @@
+"""Routing statistics against their definitions, over windows, languages and ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
+from tests.reference.layer_moe_losses import routing_metrics
+
+M, SIZES, K = 24, (4, 2, 3), 2
+LANGUAGES = ["en", "hu", "tr"]  # the first is an original one
+
+
+def routing(seed: int = 0) -> tuple[list[Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = [2 * torch.randn(M, n, generator=generator) for n in SIZES]
+    return logits, torch.randint(0, 3, (M,), generator=generator), torch.rand(M, generator=generator) < 0.8
+
+
+def statistics() -> RoutingStatistics:
+    return RoutingStatistics(SIZES, K, groups=[0, 1, 1])
+
+
+def test_every_layer_is_as_the_definitions_say_over_a_window_of_steps():
+    logits, language_M, mask_M = routing()
+    counts = statistics()
+    for span in (slice(0, 5), slice(5, M)):
+        counts.update([RoutedLayer(z[span]) for z in logits], language_M[span], mask_M[span])
+    found = counts.compute()
+    for layer, z in enumerate(logits):
+        expected = routing_metrics(z, K, mask_M.tolist(), (language_M == 0).tolist())
+        shares = torch.tensor(expected.pop("slots")) / (K * mask_M.sum())
+        torch.testing.assert_close(torch.tensor(found.load_shares[layer]), shares)
+        expected.pop("prob")
+        for name, value in expected.items():
+            assert found.layers[name][layer] == pytest.approx(value, abs=1e-6), name
+
+
+def test_languages_are_told_apart():
+    logits, language_M, mask_M = routing()
+    counts = statistics()
+    counts.update([RoutedLayer(z) for z in logits], language_M, mask_M)
+    found = counts.compute().languages
+    for a in range(len(LANGUAGES)):
+        rows = mask_M & (language_M == a)
+        for layer, z in enumerate(logits):
+            p_MN = z[rows].softmax(-1)
+            slots_M = (z[rows].topk(K).indices == 0).any(-1).float()
+            assert found["expert0_prob"][a][layer] == pytest.approx(float(p_MN[:, 0].mean()), abs=1e-6)
+            assert found["expert0_top1"][a][layer] == pytest.approx(float((p_MN.argmax(-1) == 0).float().mean()))
+            assert found["expert0_share"][a][layer] == pytest.approx(float(slots_M.mean()) / K)
+
+
+def test_a_language_without_tokens_has_no_numbers_and_scalars_leave_it_out():
+    logits, _, mask_M = routing()
+    counts = statistics()
+    counts.update([RoutedLayer(z) for z in logits], torch.full((M,), 1), mask_M)
+    found = counts.compute()
+    assert all(math.isnan(value) for value in found.languages["expert0_prob"][0])
+    scalars = found.scalars()
+    assert "new_prob_expert0" in scalars and not [name for name in scalars if name.startswith(("old_", "classifier"))]
+
+
+def test_layers_that_cannot_be_out_of_balance_do_not_water_the_mean_down():
+    logits, language_M, mask_M = routing()
+    counts = statistics()
+    counts.update([RoutedLayer(z) for z in logits], language_M, mask_M)
+    found = counts.compute()
+    assert found.layers["max_violation"][1] == 0
+    routed = [found.layers["max_violation"][layer] for layer in (0, 2)]
+    assert found.scalars()["max_violation"] == pytest.approx(sum(routed) / 2)
+    assert found.scalars()["max_violation_worst"] == max(routed)
+
+
+def test_classifiers_are_judged_by_class_and_bypasses_are_counted():
+    language_M = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    mask_M = torch.tensor([True] * 7 + [False])
+    says_old_M = torch.tensor([True, True, True, False, True, False, False, True])
+    classifier_M2 = torch.stack([says_old_M.float(), (~says_old_M).float()], -1)
+    counts = RoutingStatistics([2, 3], K, groups=[0, 1, 1])
+    logits = [torch.randn(8, 2), torch.randn(8, 3)]
+    layers = [RoutedLayer(logits[0]), RoutedLayer(logits[1], classifier_M2, says_old_M)]
+    counts.update(layers, language_M, mask_M)
+    found = counts.compute()
+    assert math.isnan(found.layers["classifier_acc_old"][0])
+    assert found.layers["classifier_acc_old"][1] == pytest.approx(3 / 4)
+    assert found.layers["classifier_acc_new"][1] == pytest.approx(2 / 3)
+    assert found.layers["bypass_share"][1] == pytest.approx(4 / 7)
+    assert [row[1] for row in found.languages["classifier_acc"]] == pytest.approx([3 / 4, 1 / 2, 1.0])
+    assert found.scalars()["classifier_acc_old"] == pytest.approx(3 / 4)
+
+
+def test_an_expert_without_a_token_is_dead_and_an_empty_window_is_not_a_crash():
+    z = torch.zeros(M, 4)
+    z[:, :2] = 5.0
+    counts = RoutingStatistics([4], K, groups=[0])
+    counts.update([RoutedLayer(z)], torch.zeros(M, dtype=torch.int64), torch.ones(M, dtype=torch.bool))
+    assert counts.compute().layers["dead_experts"] == [2.0]
+    counts.reset()
+    assert "old_prob_expert0" not in counts.compute().scalars()
+
+
+def test_another_number_of_layers_is_refused():
+    with pytest.raises(ValueError, match="There are 3 routed layers, but routing of 1 was given"):
+        statistics().update([RoutedLayer(torch.zeros(M, 4))], torch.zeros(M).long(), torch.ones(M).bool())
