@@ -355,7 +355,12 @@ def test_plain_sft_trains_on_the_same_data_and_is_scored_by_language(tmp_path):
         ({"stage": 2, "lpr_form": "released", "prior_groups": "all"}, "model.prior_groups is 'all'"),
         ({"routing_window": 0}, "model.routing_window is 0"),
         (
-            {"stage": 2, "classifier_layers": 1, "classifier_scope": "sequence_sum", "generation": Generation(prompts=3)},
+            {
+                "stage": 2,
+                "classifier_layers": 1,
+                "classifier_scope": "sequence_sum",
+                "generation": Generation(prompts=3),
+            },
             "model.generation asks for 3 generated answers",
         ),
     ],
