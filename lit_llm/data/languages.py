@@ -49,7 +49,7 @@ class Languages(L.LightningDataModule):
         validation_share: share of the documents of a corpus that is held out.
         validation_tokens: tokens evaluated of each language; None: all that is held out.
         test: language -> source, for the `test` and `predict` subcommands. None: no test.
-        limit: use the first documents of each source only.
+        limit: use so many documents of each language only.
         columns: {text: NAME}, where the column with text has another name.
         row_length: tokens of a row; the released recipes have 1024 in stage 1, 512 in stage 2.
         isolate_documents: no document sees another one in its row, and none predicts the next one's beginning. As released,

@@ -105,7 +105,7 @@ class LayerMoE(Method):
         dispatch: Dispatch = "auto",
         routing_window: int = 20,
         optimization: Optimization = Optimization(),
-        generation: Generation = Generation(prompts=0),
+        generation: Generation = Generation(prompts=0, test_prompts=0),
         loss_chunk: Optional[int] = None,
     ) -> None:
         super().__init__(student, optimization, generation, loss_chunk)
@@ -373,6 +373,12 @@ class LayerMoE(Method):
         if self.lpr_form == "released" and self.prior_groups == "all":
             raise ValueError(
                 "model.lpr_form is 'released', but model.prior_groups is 'all', which the released code has not. Keep one."
+            )
+        answers = self.generation.prompts or self.generation.test_prompts
+        if self.classifier_scope == "sequence_sum" and answers:
+            raise ValueError(
+                f"model.classifier_scope is 'sequence_sum', whose decision per row needs the whole row, but model.generation "
+                f"asks for {answers} generated answers. Set model.generation.prompts and test_prompts to 0."
             )
         without = {"classifier_coef", "classifier_scope", "classifier_gate", "classifier_threshold"}
         if not self.classifier_layers and (named := [n for n in without if given[n] != _STAGE_2[n]]):

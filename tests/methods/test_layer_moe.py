@@ -16,6 +16,7 @@ from torch import Tensor
 from lit_llm.data.batch import LanguageBatch, collate_tokens
 from lit_llm.evaluation.forgetting import ForgettingTable
 from lit_llm.evaluation.language_similarity import SimilarityReport
+from lit_llm.methods.answers import Generation
 from lit_llm.methods.layer_moe import LayerMoE
 from lit_llm.methods.layer_moe_settings import Expand
 from lit_llm.models import surgery
@@ -353,6 +354,15 @@ def test_plain_sft_trains_on_the_same_data_and_is_scored_by_language(tmp_path):
         ({"stage": 2, "lpr_coef": -1.0}, "model.lpr_coef is -1.0"),
         ({"stage": 2, "lpr_form": "released", "prior_groups": "all"}, "model.prior_groups is 'all'"),
         ({"routing_window": 0}, "model.routing_window is 0"),
+        (
+            {
+                "stage": 2,
+                "classifier_layers": 1,
+                "classifier_scope": "sequence_sum",
+                "generation": Generation(prompts=3),
+            },
+            "model.generation asks for 3 generated answers",
+        ),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(settings, said):
