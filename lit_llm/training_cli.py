@@ -13,13 +13,13 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_llm.callbacks import default_callbacks
@@ -110,6 +110,17 @@ class _StopBeforeTraining(Callback):
         trainer.should_stop = True  # the store is filled right after this, in the method's own on_fit_start
 
 
+class _RunConfig(SaveConfigCallback):
+    """Writes the run's config.yaml without what only `fit` understands and was not set, so that any command takes it."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *arguments: Any, **settings: Any) -> None:
+        kept = config.clone()
+        for name in ("ckpt_path", "weights_only"):
+            if kept.get(name) is None:
+                kept.pop(name, None)
+        super().__init__(parser, kept, *arguments, **settings)
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI with run folders, default callbacks and checkpoints found by `--ckpt_path last`."""
 
@@ -126,6 +137,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 1, "num_sanity_val_steps": 0},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},
+            save_config_callback=_RunConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

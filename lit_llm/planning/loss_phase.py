@@ -20,7 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_llm.data.batch import PreferenceBatch, TokenBatch
 from lit_llm.losses.head import Head
 from lit_llm.losses.scratch import release_scratch, scratch_bytes
+from lit_llm.methods.align_distil import AlignDistil
 from lit_llm.methods.base import Method
+from lit_llm.methods.frozen_pair import FrozenPair
 from lit_llm.models.language_model import Frozen
 from lit_llm.planning.bodies import FakeModel, Precision
 from lit_llm.planning.cast import Batch, Cast
@@ -140,7 +142,7 @@ def _twin(method: Method, cast: Cast, widths: list[int]) -> Method:
     twin.rollouts = None  # as many answers are compared, of other lengths; the data stand for them
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         twin.__dict__[name] = copy.copy(method.__dict__[name])
-    for name in ("_evaluated_hidden", "_evaluated_terms", "_frozen_log_probs"):
+    for name in ("_evaluated_hidden", "_evaluated_terms"):
         twin.__dict__[name] = {}
     for name in ("settings", "dual_space"):
         twin.__dict__.pop(name, None)
@@ -150,6 +152,8 @@ def _twin(method: Method, cast: Cast, widths: list[int]) -> Method:
     for role, width in zip(cast.frozen.values(), widths[1:], strict=True):
         narrow = NarrowModel(role.model, width, tokenizer.eos_token_id, trained=False)
         setattr(twin, role.attribute, Frozen(narrow))
+    if isinstance(method, AlignDistil):
+        twin.frozen_pair = FrozenPair(twin)
     if hasattr(twin, "projectors"):  # a mask may let every row through
         twin.projectors = replace(twin.projectors, student_mask="none", agreement_threshold=1.0)
     twin.on_validation_epoch_start()  # what an evaluation gathers does not go to the method itself

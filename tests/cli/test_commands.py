@@ -51,6 +51,14 @@ def test_export_writes_the_checkpoint_as_a_plain_folder(run, tmp_path):
         assert torch.equal(exported[name], value)
 
 
+def test_the_config_of_a_run_is_understood_by_every_command(run, tmp_path, capsys):
+    kept = str(run[1] / "config.yaml")
+    main(["export", "--config", kept, "--ckpt_path", "last", "--to", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "config.json").is_file()
+    main(["plan", "--config", kept])
+    assert "Peak memory" in capsys.readouterr().out
+
+
 def test_test_reports_loss_agreement_and_rouge_of_both_models(run):
     cli = TrainingCLI.run(["test", "--config", str(run[0]), "--ckpt_path", "last"])
     metrics = cli.trainer.callback_metrics
