@@ -53,8 +53,9 @@ def reduced(path: Path, folder: Path) -> Path:
             "init_args": {part: str(write(folder / f"{part}.jsonl", 40)) for part in ("train", "validation", "test")}
         },
         "trainer": {
-            **{"accelerator": "cpu", "devices": 1, "precision": "32-true", "enable_progress_bar": False},
-            **{"max_epochs": 1, "enable_model_summary": False},
+            # a process group would outlive the test, and its port with it
+            **{"accelerator": "cpu", "devices": 1, "strategy": "auto", "precision": "32-true"},
+            **{"max_epochs": 1, "enable_progress_bar": False, "enable_model_summary": False},
         },
         "run": {"root": str(folder / "runs")},
     }
@@ -66,8 +67,6 @@ def reduced(path: Path, folder: Path) -> Path:
     tiny = str(CONFIGS / "debug" / "tiny.yaml")
     if not with_stages:
         settings["stages"] = {}
-    elif config.get("stages"):  # a process of its own, which would want the port of this one's process group
-        settings["trainer"]["strategy"] = "auto"
     for name, stage in (config.get("stages", {}) if with_stages else {}).items():
         # the stages of a run are reduced like the run itself
         names = [str(path.parent / file) for file in stage["config"]]
