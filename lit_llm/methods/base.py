@@ -167,7 +167,10 @@ class Method(Answering):
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
+            fused=True,
         )
+        # A fused step could unscale by itself, and Lightning then refuses to clip under mixed precision; nothing needs it to.
+        optimizer._step_supports_amp_scaling = False
         total = self.trainer.estimated_stepping_batches
         factors = [
             learning_rate_factor(settings, peak=group["lr"], total_steps=total) for group in optimizer.param_groups

@@ -118,9 +118,6 @@ class FakeModel:
     def weight_bytes(self, trained_only: bool = False) -> int:
         return sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad or not trained_only)
 
-    def largest_trained_bytes(self) -> int:
-        return max((p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad), default=0)
-
     def branches(self, tokens: TokenBatch) -> bool:
         """Whether two answers share the run of their prompt."""
         return _InShapes(self.model).branches(tokens)

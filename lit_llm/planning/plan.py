@@ -8,7 +8,6 @@ during the forward pass: that is usually the peak.
     forward                  activations of the student
     loss                     activations and the loss, chunk by chunk
     backward                 activations that go, gradients that come; the old gradients are gone
-    optimizer                temporaries of AdamW
     evaluation               all models without gradients on an evaluation batch
     export                   the trained model is written and read back
     asking the reference     log-probabilities under the reference, before there are gradients and optimizer states
@@ -25,7 +24,6 @@ from lit_llm.methods.distillation import Distillation
 from lit_llm.planning.advice import advice_on, not_counted
 from lit_llm.planning.bodies import BodyCost, FakeModel, Precision
 from lit_llm.planning.cast import Batch, Cast, cast_of, check_known, pairs
-from lit_llm.planning.live_bytes import LARGE
 from lit_llm.planning.loss_phase import LossCost, loss_cost
 from lit_llm.planning.process import framework_bytes
 from lit_llm.planning.tokens import Setup, Tokens, batches_of, counted, largest
@@ -97,7 +95,7 @@ def make_plan(method: Method, datamodule: Any, setup: Setup) -> Plan:
     if isinstance(method, Distillation):
         always["teacher states kept for evaluation"] = _evaluation_cache(datamodule, cast)
     always["freed blocks that glibc keeps"] = round(_KEPT_SHARE * activations)
-    phases = _phases(cost, trained, cast.student.largest_trained_bytes(), activations)
+    phases = _phases(cost, trained)
     if (evaluated := largest(batches_of(datamodule.val_dataloader()))) is not None:
         phases["evaluation"] = _evaluation(method, cast, evaluated, precision, cost.loss.scratch, activations)
     phases["export"] = cast.student.weight_bytes() * (1 if method.student_spec.lora is None else 2)
@@ -183,11 +181,8 @@ def _always(cast: Cast, cost: _Cost, projectors: _Projectors) -> dict[str, int]:
     return always | {"logits, kept for the next step": cost.loss.scratch}
 
 
-def _phases(cost: _Cost, gradients: int, largest_trained: int, activations: int) -> dict[str, int]:
-    """Bytes beside what always stays, at the highest point of each phase.
-
-    The place of the activations stays taken where glibc keeps it; large blocks do not fit in there.
-    """
+def _phases(cost: _Cost, gradients: int) -> dict[str, int]:
+    """Bytes beside what always stays, at the highest point of each phase. The fused optimizer needs none."""
     phases, held, body, loss = {}, 0, cost.student, cost.loss
     for name, frozen in cost.frozen.items():
         phases[name] = held + frozen.forward_peak
@@ -196,8 +191,6 @@ def _phases(cost: _Cost, gradients: int, largest_trained: int, activations: int)
     phases["loss"] = held + body.kept + loss.forward_peak
     in_head, in_body = body.kept + loss.backward_peak, body.backward_peak + loss.left
     phases["backward"] = held + max(in_head, in_body) - gradients
-    temporaries = 2 * largest_trained
-    phases["optimizer"] = activations + temporaries if largest_trained >= LARGE else max(activations, temporaries)
     return phases
 
 

@@ -23,7 +23,7 @@ def framework_bytes(method: Method) -> int:
 
             AutoModelForCausalLM._model_mapping[type(_config(spec.source))]
     layer = torch.nn.Linear(256, 256)
-    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     layer(torch.randn(256, 256)).square().mean().backward()
     optimizer.step()
     gc.collect()

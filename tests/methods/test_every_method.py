@@ -137,6 +137,28 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
     assert largest_gap(ours, theirs) < 1e-6
 
 
+def test_gradients_are_clipped_under_mixed_precision_too(tmp_path):
+    config = tiny_config(tmp_path, "dskd", max_steps=1)
+    options = (
+        "--trainer.precision=bf16-mixed",
+        "--model.init_args.optimization={lr: 1.0e-2, eps: 1.0, weight_decay: 0.0}",
+    )
+
+    free = fit(config, *options)
+    clipped = fit(config, *options, "--trainer.gradient_clip_val=1.0e-3", "--run.version=clipped")
+
+    before = load_file(tmp_path / "student" / "model.safetensors")
+    moved = [
+        max(
+            (p.data - before[name]).abs().max()
+            for name, p in cli.model.student.model.named_parameters()
+            if name in before
+        )
+        for cli in (free, clipped)
+    ]
+    assert 0 < moved[1] < 1e-2 * moved[0]  # a large eps makes AdamW's step as large as the gradient
+
+
 def test_a_run_leaves_a_plain_model_folder_that_answers_like_the_student(tmp_path):
     cli = fit(tiny_config(tmp_path, "dskd", max_steps=2))
     folder = cli.model.run_folder
