@@ -21,10 +21,17 @@ def cache_folder() -> Path:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it exists whole or not at all."""
+    with complete_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """A scratch file that takes the name `path` when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -40,3 +40,16 @@ def _own_cache(tmp_path_factory):
     patch.setenv("HF_HUB_OFFLINE", "1")
     yield
     patch.undo()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder of wheels that is all pip knows, and an empty cache."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "wheels").mkdir()
+    return tmp_path / "wheels"

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "lit_llm"
 ALLOWED = {
     "losses": {"losses"},
     "models": {"models", "losses", "data.batch", "storage", "wheels"},
-    "editing": {"editing", "losses", "models", "storage"},
-    "data": {"data", "losses", "storage", "wheels"},
+    "editing": {"editing", "losses", "models", "folding", "storage"},
+    "data": {"data", "losses", "folding", "storage", "wheels"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
     "planning": {"planning", "methods", "models", "losses", "data"},

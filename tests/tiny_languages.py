@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
+from tests.tiny_runs import tiny_trainer
 
 WORDS = {
     "en": ["the", "cat", "dog", "sat", "on", "mat", "saw", "a", "and", "log"],
@@ -88,16 +89,7 @@ def language_config(
                 **(data or {}),
             },
         },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 8,
-            "gradient_clip_val": 1.0,
-            "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **trainer,
-        },
+        "trainer": tiny_trainer(**trainer),
         "checkpoint": {"every_n_train_steps": 1},
         "run": {"root": str(folder / "runs")},
     }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import lightning as L
+import torch
 import yaml
 
 from lit_llm.training_cli import TrainingCLI
@@ -142,22 +143,38 @@ def tiny_config(folder: Path, method: str, dropout: float = 0.1, **trainer) -> P
                 "eval_batch_size": 4,
             },
         },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 8,
-            "gradient_clip_val": 1.0,
-            "val_check_interval": 4,
-            "check_val_every_n_epoch": None,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            **trainer,
-        },
+        "trainer": tiny_trainer(**trainer),
         "checkpoint": {"every_n_train_steps": 1},
         "run": {"root": str(folder / "runs")},
     }
     path = folder / f"{method}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def tiny_trainer(**changes) -> dict:
+    """A few steps on the CPU, without a display."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    often = {"max_steps": 8, "val_check_interval": 4, "check_val_every_n_epoch": None}
+    return {"accelerator": "cpu", "gradient_clip_val": 1.0, **often, **quiet, **changes}
+
+
+def store_options(folder: Path, **settings) -> list[str]:
+    """Options of `fit` for a teacher store in small shards."""
+    settings = {"folder": folder / "store", "dtype": "float32", "shard_rows": 40, "batch_size": 4, **settings}
+    return [f"--model.init_args.teacher_store.{name}={value}" for name, value in settings.items()]
+
+
+def weights(cli: TrainingCLI) -> dict[str, torch.Tensor]:
+    """Copies of what a checkpoint would hold."""
+    return {name: value.clone() for name, value in cli.model.state_dict().items()}
+
+
+def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """The same names, and the same values bit for bit."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 def fit(config: Path, *options: str) -> TrainingCLI:

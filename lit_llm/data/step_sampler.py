@@ -92,6 +92,7 @@ class StepSampler(Sampler[MicroBatch]):
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.seed, self.drop_last, self.bucket = shuffle, seed, drop_last, bucket
         self.epoch, self.position = 0, 0
+        self._planned: tuple[int, list[MicroBatch]] | None = None
         self.packed = pack_to is not None
         self.grouping: Grouping | None = None
         if pack_to is not None or batch_tokens is not None:
@@ -131,7 +132,12 @@ class StepSampler(Sampler[MicroBatch]):
             self.epoch, self.position = epoch, 0
 
     def plan(self, epoch: int) -> list[MicroBatch]:
-        """This rank's micro-batches of one epoch, in order."""
+        """This rank's micro-batches of one epoch, in order; the last epoch that was asked for is remembered."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1]
+
+    def _plan(self, epoch: int) -> list[MicroBatch]:
         rounds = self._rounds(epoch)
         planned = []
         for start in range(0, len(rounds), self.accumulate):

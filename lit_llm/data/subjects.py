@@ -9,12 +9,13 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from lit_llm.folding import Folded, begins_inside_word, dotted, end_with_marks, fold
 
 How = Literal["exact", "folded", "alias_exact", "alias_folded", "fuzzy", "none"]
 HOW: tuple[How, ...] = ("exact", "folded", "alias_exact", "alias_folded", "fuzzy", "none")
 _SIMILAR = 0.75
-_CASED = ("Lu", "Ll", "Lt")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def locate_subject(text: str, subject: str | None, aliases: Sequence[str] = ()) 
 
     1. `exact`: the last occurrence of the string. In scripts with case it must not begin inside a word; an ending may
        follow ("Stadion'un").
-    2. `folded`: the same between folded strings, see `folded`.
+    2. `folded`: the same between folded strings, see `lit_llm.folding`.
     3. `alias_exact`, `alias_folded`: both rules for the other names, all exactly before any folded.
     4. `fuzzy`: windows of as many words as the subject has, one fewer or one more; 1 - Levenshtein distance / length of the
        longer is at least 0.75 between folded strings. The most similar, then the leftmost, then the longest. The subject
@@ -66,72 +67,25 @@ def locate_subject(text: str, subject: str | None, aliases: Sequence[str] = ()) 
     return SubjectMatch("none")
 
 
-class Folded(NamedTuple):
-    """A folded string and where its characters come from.
-
-    Attributes:
-        text: folded.
-        origin: index into the original of each of its characters, ascending.
-    """
-
-    text: str
-    origin: list[int]
-
-
-def fold(text: str) -> Folded:
-    """NFKD without combining marks, casefolded: accents, case, widths and ligatures make no difference.
-
-    Combining marks are characters of a nonzero combining class. Vowel signs (Devanagari, Bengali, Thai) have class 0 and
-    stay: without them a word would be another one.
-    """
-    pieces = [
-        "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)).casefold()
-        for char in text
-    ]
-    origin = [index for index, piece in enumerate(pieces) for _ in piece]
-    return Folded("".join(pieces), origin)
-
-
 def _last_occurrence(text: str, name: str) -> int | None:
     start = text.rfind(name) if name else -1
-    while start >= 0 and _inside_word(text, start):
+    while start >= 0 and begins_inside_word(text, start):
         start = text.rfind(name, 0, start + len(name) - 1)
     return start if start >= 0 else None
 
 
 def _folded_occurrence(text: str, page: Folded, name: str) -> tuple[int, int] | None:
-    """The span in the original text; a match may not begin or end inside an original character.
-
-    The dotless i of Turkish counts as i here, for its capital is I.
-    """
-    folded, name = page.text.replace("ı", "i"), name.replace("ı", "i")
+    """The span in the original text; a match may not begin or end inside an original character."""
+    folded, name = dotted(page.text), dotted(name)
     start = folded.rfind(name) if name else -1
     while start >= 0:
         end = start + len(name)
         first, last = page.origin[start], page.origin[end - 1]
         whole = (start == 0 or page.origin[start - 1] != first) and page.origin[end : end + 1] != [last]
-        if whole and not _inside_word(text, first):
-            return first, _with_marks(text, last + 1)
+        if whole and not begins_inside_word(text, first):
+            return first, end_with_marks(text, last + 1)
         start = folded.rfind(name, 0, end - 1)
     return None
-
-
-def _inside_word(text: str, start: int) -> bool:
-    """Whether a word of a script with case, or a number, goes on at `start` that began before."""
-    before = start - 1
-    while before >= 0 and unicodedata.combining(text[before]):
-        before -= 1
-    if before < 0:
-        return False
-    here, there = unicodedata.category(text[start]), unicodedata.category(text[before])
-    return (here in _CASED and there in (*_CASED, "Nd")) or (here == there == "Nd")
-
-
-def _with_marks(text: str, end: int) -> int:
-    """`end` behind the combining marks of the last character, which folding has removed."""
-    while end < len(text) and unicodedata.combining(text[end]):
-        end += 1
-    return end
 
 
 class _Windows:

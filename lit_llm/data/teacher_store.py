@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,7 +29,7 @@ from lit_llm.data.batch import SparseTargets, TokenBatch, collate_tokens
 from lit_llm.data.stored_answers import AnswerSet
 from lit_llm.data.tokenized import TokenizedSet
 from lit_llm.losses.divergence import at_least_float32
-from lit_llm.storage import write_atomically
+from lit_llm.storage import complete_file, write_atomically
 
 _FORMAT = 1  # raise it when the meaning of a shard changes
 _SECONDS_BETWEEN_LINES = 10.0
@@ -203,10 +202,9 @@ class StoredPart:
         file = self._file(number)
         for leftover in self.folder.glob(f".{file.name}.*.partial"):
             leftover.unlink()  # of a process that was killed; we hold the lock
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file(whole, partial, metadata={"key": self._key, "measures": json.dumps(totals)})
-        partial.chmod(0o644)  # safetensors writes files that only their owner may read
-        os.replace(partial, file)
+        with complete_file(file) as partial:
+            save_file(whole, partial, metadata={"key": self._key, "measures": json.dumps(totals)})
+            partial.chmod(0o644)  # safetensors writes files that only their owner may read
 
     def check_whole(self) -> None:
         """See that every process finds the shards of all others.

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_llm.editing.folding import fold
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import run_until
 from lit_llm.editing.rows import Apply, Row, padded
 from lit_llm.editing.triggers import Mention, Search, SubjectIndex, Trigger, pooled
+from lit_llm.folding import dotted, fold
 
 _UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that is not complete
 
@@ -399,4 +399,4 @@ def _real_columns(mask_RT: Tensor | None, row: int, columns: int) -> list[int]:
 
 
 def _plain(text: str) -> str:
-    return " ".join(fold(text).text.split())
+    return " ".join(dotted(fold(text).text).split())

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_llm.editing.folding import begins_inside_word, end_with_marks, fold
+from lit_llm.folding import begins_inside_word, dotted, end_with_marks, fold
 
 _SHORTEST, _SHORTEST_CJK = 4, 2  # folded characters of a name that triggers, where the edit has a longer one
 _CJK = (("\u1100", "\u11ff"), ("\u2e80", "\u9fff"), ("\uac00", "\ud7af"))
@@ -78,7 +78,7 @@ class SubjectIndex:
         self._names: list[tuple[str, str]] = []
         self._search = search
         for edit, own in names.items():
-            folded = {name: fold(name).text for name in own}
+            folded = {name: dotted(fold(name).text) for name in own}
             long_enough = {name: text for name, text in folded.items() if len(text) >= _shortest(text)}
             for name, text in (long_enough or folded).items():
                 if text and edit not in self._edits.setdefault(text, []):
@@ -94,20 +94,21 @@ class SubjectIndex:
 
     def find(self, text: str) -> Mention | None:
         """The longest name in the text; of equally long ones the last."""
-        page = fold(text)
+        folded, origin = fold(text)
+        folded = dotted(folded)
         best: tuple[int, int] | None = None
-        for start, char in enumerate(page.text):
+        for start, char in enumerate(folded):
             for length in self._lengths.get(char, ()):
                 if best is not None and length < best[0]:
                     break
-                if page.text[start : start + length] in self._edits and _is_whole(text, page.origin, start, length):
+                if folded[start : start + length] in self._edits and _is_whole(text, origin, start, length):
                     best = length, start
                     break
         if best is None:
             return self._searched(text)
         length, start = best
-        end = end_with_marks(text, page.origin[start + length - 1] + 1)
-        return Mention(tuple(self._edits[page.text[start : start + length]]), page.origin[start], end)
+        end = end_with_marks(text, origin[start + length - 1] + 1)
+        return Mention(tuple(self._edits[folded[start : start + length]]), origin[start], end)
 
     def _searched(self, text: str) -> Mention | None:
         for edit, name in self._names if self._search is not None else ():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch, LanguageBatch
+from lit_llm.data.facts import Facts
 from lit_llm.data.instructions import Instructions
 from lit_llm.data.labelled_answers import LabelledAnswers
 from lit_llm.data.languages import Languages
@@ -30,6 +31,7 @@ _LEARNED_FROM = {
     Preferences: "pairs of answers",
     LabelledAnswers: "answers labelled good or bad",
     Languages: "text in several languages",
+    Facts: "facts to edit",
 }
 
 
@@ -121,11 +123,8 @@ class Method(Answering):
             self.languages = LanguageEvaluation(self, self.evaluation_words, self.student_spec.source)
 
     def _check_data(self, given: type) -> None:
-        # the most special class that is known: one of a user's own may extend it
-        known = next(
-            (kind for kind in (LabelledAnswers, Preferences, Languages) if issubclass(given, kind)), Instructions
-        )
-        if known not in self.data_classes:
+        known = next((kind for kind in given.__mro__ if kind in _LEARNED_FROM), None)  # None: a class of the user's own
+        if known is not None and known not in self.data_classes:
             learned = " or ".join(_LEARNED_FROM[kind] for kind in self.data_classes)
             wanted = " or ".join(kind.__name__ for kind in self.data_classes)
             raise ValueError(

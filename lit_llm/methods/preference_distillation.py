@@ -138,8 +138,7 @@ class PreferenceDistillation(PreferenceMethod):
         super().on_validation_epoch_end()
 
     def evaluate_sampled(self, tokens: TokenBatch) -> None:
-        """Log what is known of answers that the policy samples to validation prompts."""
-        raise NotImplementedError(f"{type(self).__name__} samples answers, and must say what it logs of them.")
+        """Log what the method knows of answers that the policy samples to validation prompts, beside their lengths."""
 
     def _log_lengths(self, tokens: TokenBatch) -> None:
         samples = len(tokens.length_B)

@@ -5,7 +5,6 @@ Shapes: W tokens of the teacher's vocabulary, E its width.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_llm.losses.head import Head
 from lit_llm.models.language_model import LanguageModel
+from lit_llm.storage import complete_file
 
 
 class TeacherHead(nn.Module):
@@ -88,11 +88,9 @@ def save_head(model: LanguageModel, file: Path, key: str) -> None:
     facts = {"key": key, "parameters": str(model.num_parameters), "scale": repr(head.scale), "tied": str(int(tied))}
     if head.softcap is not None:
         facts["softcap"] = repr(head.softcap)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=facts)
-    partial.chmod(0o644)  # safetensors writes files that only their owner may read
-    os.replace(partial, file)
+    with complete_file(file) as partial:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata=facts)
+        partial.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def head_key(file: Path) -> str | None:

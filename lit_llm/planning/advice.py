@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_llm.methods.base import Method
+from lit_llm.methods.sft import SFT
 from lit_llm.planning.loss_phase import LossCost
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def not_counted(method: Method) -> list[str]:
         notes.append("keys and values of the answers that are generated in an evaluation (model.generation)")
     if getattr(method, "rollouts", None) is not None:
         notes.append("the sampling of the student's own answers; in the loss, the data's answers stand for them")
-    if getattr(method, "store", None) is not None:
+    if method.student_spec.lora is not None and not isinstance(method, SFT):
+        notes.append("that frozen models on the student's own base are not held again: each counts as a whole model")
+    if getattr(method, "store", None) is not None or getattr(method, "stores", None):
         notes.append(
             "that frozen models are neither run nor held once the store is complete: this is the run that writes it"
         )

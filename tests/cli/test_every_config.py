@@ -125,6 +125,13 @@ def test_profiling_leaves_a_table(tmp_path):
     assert any("aten::" in file.read_text(errors="ignore") for file in (tmp_path / "profile").iterdir())
 
 
+def test_the_loss_doctor_writes_the_size_of_every_term(tmp_path):
+    recipe = CONFIGS / "kd.yaml"
+    both = (CONFIGS / "debug" / "loss_doctor.yaml", CONFIGS / "debug" / "tiny.yaml")
+    cli = run(recipe, reduced(recipe, tmp_path), *both)
+    assert {"doctor/ce", "doctor/kd", "doctor/kd_grad_norm"} <= cli.trainer.callback_metrics.keys()
+
+
 @pytest.mark.parametrize("trainer", sorted((CONFIGS / "trainer").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_trainer_config_is_understood(trainer, tmp_path, capsys):
     recipe = CONFIGS / "dskd.yaml"

@@ -8,7 +8,7 @@ import yaml
 
 from tests.data.test_languages import write_corpus
 from tests.tiny import tiny_model_folder
-from tests.tiny_runs import fit
+from tests.tiny_runs import fit, tiny_trainer
 
 
 @pytest.fixture
@@ -30,15 +30,7 @@ def config(tmp_path):
             "class_path": "Languages",
             "init_args": {"groups": groups, "stage": 2, "tokens": 4000, "row_length": 32, "batch_size": 2},
         },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 12,
-            "accumulate_grad_batches": 2,
-            "val_check_interval": 6,
-            "check_val_every_n_epoch": None,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        },
+        "trainer": tiny_trainer(max_steps=12, accumulate_grad_batches=2, val_check_interval=6),
         "checkpoint": {"every_n_train_steps": 1},
         "run": {"root": str(tmp_path / "runs")},
     }

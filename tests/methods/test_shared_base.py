@@ -17,7 +17,7 @@ from lit_llm.models.language_model import LanguageModel, Lora, ModelSpec
 from lit_llm.models.shared_base import AdaptedBase, using
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import tiny_model_folder
-from tests.tiny_runs import fit, tiny_config
+from tests.tiny_runs import fit, tiny_config, weights
 
 POLICY = ["--model.init_args.student.lora={rank: 4, target_modules: all-linear}"]
 ONE_STEP = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null"]
@@ -48,10 +48,6 @@ def align_config(folder: Path, stages: dict[str, Path], **trainer) -> Path:
     config = tiny_config(folder, "align", dropout=0.0, **trainer)
     shutil.copytree(stages["dpo"].parents[2] / "student", folder / "student", dirs_exist_ok=True)
     return config
-
-
-def weights(cli) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in cli.model.state_dict().items()}
 
 
 def frozen_adapters(model: LanguageModel, name: str) -> dict[str, torch.Tensor]:

@@ -16,24 +16,9 @@ from lit_llm.models.shared_base import AdaptedBase
 from lit_llm.models.teacher_head import TeacherHead
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import tiny_model_folder
-from tests.tiny_runs import fit, tiny_config
+from tests.tiny_runs import assert_identical, fit, store_options, tiny_config, weights
 
 FROZEN = ("teacher", "other")
-
-
-def store_options(folder: Path, **settings) -> list[str]:
-    settings = {"folder": folder / "store", "dtype": "float32", "shard_rows": 40, "batch_size": 4, **settings}
-    return [f"--model.init_args.teacher_store.{name}={value}" for name, value in settings.items()]
-
-
-def weights(cli) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in cli.model.state_dict().items()}
-
-
-def assert_identical(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
 
 
 def assert_close(ours: dict, theirs: dict) -> None:

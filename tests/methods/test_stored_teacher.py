@@ -14,25 +14,10 @@ from lit_llm.models.language_model import LanguageModel
 from lit_llm.models.teacher_head import TeacherHead
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import tiny_model_folder
-from tests.tiny_runs import fit, tiny_config
+from tests.tiny_runs import assert_identical, fit, store_options, tiny_config, weights
 
 DISTILLATIONS = ("kd", "dskd", "dskd_v1", "dskd_cross", "dskd_cross_cma")
 ROOT = Path(__file__).parents[2]
-
-
-def store_options(folder: Path, **settings) -> list[str]:
-    settings = {"folder": folder / "store", "dtype": "float32", "shard_rows": 40, "batch_size": 4, **settings}
-    return [f"--model.init_args.teacher_store.{name}={value}" for name, value in settings.items()]
-
-
-def weights(cli) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in cli.model.state_dict().items()}
-
-
-def assert_identical(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 def without_weights(folder: Path) -> None:

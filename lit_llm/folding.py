@@ -21,13 +21,22 @@ class Folded(NamedTuple):
 
 
 def fold(text: str) -> Folded:
-    """NFKD without combining marks, casefolded; the dotless i of Turkish counts as i, for its capital is I."""
+    """NFKD without combining marks, casefolded: accents, case, widths and ligatures make no difference.
+
+    Combining marks are characters of a nonzero combining class. Vowel signs (Devanagari, Bengali, Thai) have class 0 and
+    stay: without them a word would be another one.
+    """
     pieces = [
         "".join(c for c in unicodedata.normalize("NFKD", char) if not unicodedata.combining(c)).casefold()
         for char in text
     ]
     origin = [index for index, piece in enumerate(pieces) for _ in piece]
-    return Folded("".join(pieces).replace("ı", "i"), origin)
+    return Folded("".join(pieces), origin)
+
+
+def dotted(folded: str) -> str:
+    """The dotless i of Turkish as i, for its capital is I; as long as before."""
+    return folded.replace("ı", "i")
 
 
 def begins_inside_word(text: str, start: int) -> bool:
