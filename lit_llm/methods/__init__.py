@@ -10,6 +10,7 @@ from lit_llm.methods.kd import KD
 from lit_llm.methods.kto import KTO
 from lit_llm.methods.layer_moe import LayerMoE
 from lit_llm.methods.mined import MinED
+from lit_llm.methods.neuron_edit import NeuronEdit
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
 from lit_llm.methods.uld import ULD
@@ -27,5 +28,6 @@ __all__ = [
     "AlignDistil",
     "LayerMoE",
     "MinED",
+    "NeuronEdit",
     "SharedVocabularyKD",
 ]
