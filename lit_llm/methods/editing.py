@@ -1,39 +1,33 @@
 """What all editors of facts share: a frozen model, groups of facts instead of steps, questions before and after, undo.
-
-Shapes: Q questions, T answer tokens of all of them, D width.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
 from lit_llm.data.edit_batch import KINDS, EditBatch, Kind, QuestionBatch
 from lit_llm.data.facts import Facts
 from lit_llm.editing.deltas import Edit, EditSet
 from lit_llm.editing.triggers import Trigger
-from lit_llm.evaluation.editing import first_sentence
 from lit_llm.evaluation.samples import Sample
-from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method
-from lit_llm.methods.edit_scores import EditScores, Question
+from lit_llm.methods.edit_scores import EditScores
+from lit_llm.methods.edited_answers import Asking, Said
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
-from lit_llm.methods.edited_model import EDITS_FILE, EditedModel, fired
+from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.quantization import keep_base_out_of_checkpoints
 
 ALL = "all"
-_MORE_TOKENS = 4  # than the longest wanted answer has, for one that is written freely
-_HEAD_ROWS = 256  # positions whose logits exist at a time
 
 
 class Editing(Method):
@@ -88,7 +82,7 @@ class Editing(Method):
         self.alone: dict[str, EditSet] = {}
         self.edit_report: dict[str, Any] | None = None
         self._scores: EditScores | None = None
-        self._untouched: dict[tuple[str, ...], tuple[tuple[int, ...], str | None]] = {}
+        self._untouched: dict[tuple[str, str], Said] = {}
         self._asked_already: set[str] = set()
         self._seconds: list[float] = []
 
@@ -204,12 +198,13 @@ class Editing(Method):
             if KINDS[kind] != "locality" or batch.prompts[row] not in self._asked_already
         ]
         free = {row for row in kept if freely is None or batch.examples[batch.fact_R[row]] < freely}
-        asking = Asking(self, batch)
+        asking = Asking(self.model, self._untouched, self.generation, batch)
         self._scores.add(asking.questions(self.edits, kept, free))
+        loss = asking.loss
         for language, edits in self.alone.items():
             rows = [row for row in kept if KINDS[batch.kind_R[row]] in self.crossed and len(edits)]
             self._scores.add_crossed(language, asking.questions(edits, rows, free & set(rows)))
-        self.log(f"{stage}/loss", asking.loss(self.edits), batch_size=len(batch.ids))
+        self.log(f"{stage}/loss", loss, batch_size=len(batch.ids))
 
     def _edited_prompts(self, stage: str) -> set[str]:
         asked = self.trainer.datamodule.sets["validation" if stage == "val" else "test"]
@@ -307,111 +302,3 @@ def _check_greedy(generation: Generation) -> None:
                 f"model.generation.{name} is {getattr(generation, name)}, but what a model says before and after an edit is "
                 f"compared greedily. Leave {name} out."
             )
-
-
-class Asking:
-    """Puts the questions of a batch to a model.
-
-    Args:
-        method: whose model, and whose memory of what the untouched model says.
-        batch: the questions.
-    """
-
-    def __init__(self, method: Editing, batch: QuestionBatch) -> None:
-        self.method, self.batch = method, batch
-        tokens = batch.rows
-        of_row: list[list[int]] = [[] for _ in batch.prompts]
-        for row, target in zip(tokens.sequence_T.tolist(), tokens.target_T.tolist(), strict=True):
-            of_row[row].append(target)
-        self._answers = [tuple(ids) for ids in of_row]
-
-    def questions(self, edits: EditSet, rows: Sequence[int], free: set[int]) -> list[Question]:
-        """What the model says to these rows under some edits.
-
-        Args:
-            rows: of the batch.
-            free: rows that are also answered freely.
-        """
-        if not rows:
-            return []
-        before = self._before(rows, free)
-        predicted, firings = before, [None] * len(rows)
-        if len(edits):
-            predicted, firings = self._said(edits, rows, free)
-        return [
-            self._question(row, now, then, firing)
-            for row, now, then, firing in zip(rows, predicted, before, firings, strict=True)
-        ]
-
-    def loss(self, edits: EditSet) -> Tensor:
-        """Mean negative log-likelihood of new answers to the prompts themselves, per token."""
-        tokens, kind_R = self.batch.rows, self.batch.kind_R
-        with self._under(edits):
-            hidden_TD = self.method.student.hidden(tokens)
-        about_T = (kind_R == KINDS.index("reliability"))[tokens.sequence_T]
-        head = self.method.student.head
-        return -token_log_probs(hidden_TD[about_T], head, tokens.target_T[about_T]).mean()
-
-    def _question(self, row: int, now, then, firing) -> Question:
-        batch, kind = self.batch, KINDS[self.batch.kind_R[row]]
-        is_locality = kind == "locality"
-        return Question(
-            fact=batch.ids[batch.fact_R[row]],
-            kind=kind,
-            language=batch.languages[batch.language_R[row]],
-            prompt=batch.prompts[row],
-            answer=batch.answers[row],
-            predicted=now[0],
-            wanted=then[0] if is_locality else self._answers[row],
-            said=now[1],
-            wanted_said=first_sentence(then[1] or "") if is_locality else batch.answers[row],
-            said_before=then[1],
-            firing=firing,
-        )
-
-    def _before(self, rows: Sequence[int], free: set[int]) -> list[tuple[tuple[int, ...], str | None]]:
-        """What the untouched model says, asked once in the life of the process."""
-        known = self.method._untouched
-        names = {row: (self.batch.prompts[row], self.batch.answers[row]) for row in rows}
-        new = [row for row in rows if names[row] not in known or (row in free and known[names[row]][1] is None)]
-        if new:
-            found, _ = self._said(EditSet(self.method.model.digest), new, free)
-            known.update({names[row]: said for row, said in zip(new, found, strict=True)})
-        return [known[names[row]] for row in rows]
-
-    def _said(self, edits: EditSet, rows: Sequence[int], free: set[int]):
-        """Teacher-forced predictions and free answers of rows, and what the trigger did with each."""
-        tokens, method = self.batch.rows, self.method
-        with self._under(edits) as caches:
-            hidden_TD = method.student.hidden(tokens)
-            firings = fired(caches, len(self.batch.prompts)) if caches else [None] * len(self.batch.prompts)
-        chosen = torch.zeros(len(self.batch.prompts), dtype=torch.bool)
-        chosen[list(rows)] = True
-        at_T = chosen.to(tokens.sequence_T.device)[tokens.sequence_T].nonzero()[:, 0]
-        head = method.student.head
-        best = torch.cat([head(hidden_TD[part]).argmax(-1) for part in at_T.split(_HEAD_ROWS)]).tolist()
-        predicted: dict[int, list[int]] = {row: [] for row in rows}
-        for row, token in zip(tokens.sequence_T[at_T].tolist(), best, strict=True):
-            predicted[row].append(token)
-        texts = self._written(edits, [row for row in rows if row in free])
-        return [(tuple(predicted[row]), texts.get(row)) for row in rows], [firings[row] for row in rows]
-
-    def _written(self, edits: EditSet, rows: list[int]) -> dict[int, str]:
-        """row -> what is written freely."""
-        if not rows:
-            return {}
-        method, settings = self.method, self.method.generation
-        longest = max(len(self._answers[row]) for row in rows)
-        with method.model.under(edits):
-            ids = method.student.generate(
-                [list(self.batch.prompt_ids[row]) for row in rows],
-                max_new_tokens=min(settings.max_new_tokens, longest + _MORE_TOKENS),
-                batch_size=settings.batch_size,
-            )
-        texts = method.student.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return {row: first_sentence(text) for row, text in zip(rows, texts, strict=True)}
-
-    @contextmanager
-    def _under(self, edits: EditSet) -> Iterator[list]:
-        with self.method.model.under(edits, self.batch.prompt_length_R.tolist()) as caches:
-            yield caches
