@@ -226,7 +226,7 @@ class EditCache:
         if mention is None:
             return Firing(None, None, None)
         first, last = mentioned_tokens(self._tokenizer, ids, mention)
-        if self.trigger.scope == "subject":
+        if self.trigger.scope == "subject" and not self._compares(mention):
             edit = self.edits[mention.edits[-1]]  # the newest
             plan.put(row, edit, columns[last], columns[-1])
             return Firing(edit.fact.id, mention, None)
@@ -248,13 +248,21 @@ class EditCache:
             question_d = pooled(hidden_RTd[row : row + 1].detach(), kept_1T)[0]
             scored = [(self._cosine(question_d, self.edits[name]), name) for name in mention.edits]
             cosine, name = max(scored)
-            needed = self.trigger.relation_threshold
-            needed = self.edits[name].relation_threshold if needed is None else needed
-            fires = cosine >= needed
+            fires = cosine >= self._needed(name)
             if fires:
                 plan.put(row, self.edits[name], lookup, last)
             self.firings[row] = Firing(name if fires else None, mention, cosine)
         plan.candidates = []
+
+    def _compares(self, mention: Mention) -> bool:
+        """Whether the relation has to choose between several edits of one subject, and can."""
+        return len(mention.edits) > 1 and all(self.edits[name].relation_Kd is not None for name in mention.edits)
+
+    def _needed(self, name: str) -> float:
+        if self.trigger.scope == "subject":
+            return -1.0
+        given = self.trigger.relation_threshold
+        return self.edits[name].relation_threshold if given is None else given
 
     def _cosine(self, question_d: Tensor, edit: CachedEdit) -> float:
         return (edit.relation_Kd.to(question_d) @ question_d).max().item()

@@ -30,7 +30,8 @@ class Trigger:
 
     Args:
         scope: `subject_relation`: the subject is named, and the question is close enough to the edit's prompts. `subject`:
-            it is named; such an edit also changes the subject's other facts, so tables have to say that it was used.
+            it is named; such an edit also changes the subject's other facts, so tables have to say that it was used. Of
+            several edits of one subject the one with the nearest prompts acts, where they are known, else the newest.
         relation_threshold: cosine that the question needs; None: each edit's own (see `relation_threshold`).
 
     Raises:

@@ -20,7 +20,7 @@ class EditedModel:
 
     Args:
         model: as it is before any edit, in eval mode.
-        trigger: of cached edits that were stored with the relation of their prompts; the others are triggered by the
+        trigger: of cached edits that were stored with a threshold for their relation; the others are triggered by the
             subject alone.
 
     Attributes:
@@ -80,10 +80,10 @@ class EditedModel:
         """One for all edits in the same layers and with the same kind of trigger."""
         groups: dict[tuple, list[CachedEdit]] = {}
         for edit in edits:
-            groups.setdefault((*edit.layers, edit.relation_Kd is None), []).append(edit)
+            groups.setdefault((*edit.layers, edit.relation_threshold is None), []).append(edit)
         by_subject = Trigger(scope="subject")
         return [
-            EditCache(self.body, self.model.tokenizer, group, by_subject if group[0].relation_Kd is None else self.trigger)
+            EditCache(self.body, self.model.tokenizer, group, by_subject if group[0].relation_threshold is None else self.trigger)
             for group in groups.values()
         ]
 

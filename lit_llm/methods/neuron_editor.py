@@ -148,11 +148,10 @@ class NeuronEditor:
         return dict(zip(located, drawn, strict=True))
 
     def _cached(self, fact: EditedFact, located: dict[int, Located], result: Optimised) -> CachedEdit:
-        vectors_Kd = threshold = None
-        if self.settings.trigger.scope == "subject_relation":
-            vectors_Kd = self.relation_vectors(fact)
-            if self.settings.trigger.relation_threshold is None:
-                threshold = relation_threshold(vectors_Kd)
+        trigger, vectors_Kd, threshold = self.settings.trigger, self.relation_vectors(fact), None
+        if trigger.scope == "subject_relation":
+            given = trigger.relation_threshold
+            threshold = relation_threshold(vectors_Kd) if given is None else given
         stats: dict[str, Any] = {
             "stop": result.stop,
             "steps": result.steps,
