@@ -14,6 +14,7 @@ from lit_llm.methods.neuron_edit import NeuronEdit
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
 from lit_llm.methods.uld import ULD
+from lit_llm.methods.weight_edits import MEMIT, ROME, AlphaEdit, FineTunedEdit
 
 __all__ = [
     "ADPA",
@@ -23,9 +24,13 @@ __all__ = [
     "GOLD",
     "KD",
     "KTO",
+    "MEMIT",
+    "ROME",
     "SFT",
     "ULD",
     "AlignDistil",
+    "AlphaEdit",
+    "FineTunedEdit",
     "LayerMoE",
     "MinED",
     "NeuronEdit",

@@ -11,7 +11,6 @@ from lit_llm.data.edit_requests import Edit
 from lit_llm.editing.edit_cache import FactText
 from lit_llm.editing.optimise import FactRows
 from lit_llm.editing.rows import Row
-from lit_llm.editing.values import Request
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,6 @@ class EditedFact:
             language_of_row=tuple(number for number, rows in enumerate(used.values()) for _ in rows),
             essence=tuple(self.essence[code] for code in used),
         )
-
-    def requests(self, contexts: Sequence[tuple[int, ...]]) -> list[Request]:
-        """One request per language for methods that know of one language each: the bare prompt, then behind contexts."""
-        found = []
-        for code, (bare, *_) in self.rows.items():
-            behind = [Row((*context, *bare.prompt), bare.lookup + len(context), bare.target) for context in contexts]
-            found.append(Request((bare, *behind), self.essence[code]))
-        return found
 
 
 def edited_facts(batch: EditBatch) -> list[EditedFact]:

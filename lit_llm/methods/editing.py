@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +88,14 @@ class Editing(Method):
         self._seconds: list[float] = []
 
     @abstractmethod
-    def compute(self, facts: Sequence[EditedFact], edits: EditSet) -> list[Edit]:
-        """The edits of a group of facts, on a model that `edits` have edited already; the model is left as it was."""
+    def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
+        """The edits of a group of facts; the model is left as it was.
+
+        Args:
+            facts: of the group.
+            edits: earlier ones, over which these are made.
+            name: of `edits`: `all`, or the language in which alone they are made.
+        """
 
     # ---------------------------------------------------------------- models
 
@@ -133,6 +140,9 @@ class Editing(Method):
     # -------------------------------------------------------------- training
 
     def on_fit_start(self) -> None:
+        # checkpoints do hold what a group has written; the model is in eval mode on purpose
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         if self.trainer.max_epochs != 1:
             raise ValueError(
                 f"trainer.max_epochs is {self.trainer.max_epochs}, but a fact is edited once. Set trainer.max_epochs: 1."
@@ -143,18 +153,18 @@ class Editing(Method):
         facts = edited_facts(batch)
         self._check_languages(facts)
         kept = facts if self.edited_in is None else [fact.within(self.edited_in) for fact in facts]
-        made = self._write(self.edits, kept)
+        made = self._write(self.edits, kept, ALL)
         seconds = time.perf_counter() - start
         self._seconds += [seconds / len(facts)] * len(facts)
         self.log_edits(made, seconds)
         for language, edits in self.alone.items():
-            self._write(edits, [fact.within([language]) for fact in facts])
+            self._write(edits, [fact.within([language]) for fact in facts], language)
         self.written += len(facts)
         self.optimizers().step()
 
-    def _write(self, edits: EditSet, facts: Sequence[EditedFact]) -> list[Edit]:
+    def _write(self, edits: EditSet, facts: Sequence[EditedFact], name: str) -> list[Edit]:
         """All edits of the group, or none."""
-        made = self.compute(facts, edits)
+        made = self.compute(facts, edits, name)
         grown = EditSet.from_state(edits.state())
         for edit in made:
             grown.add(edit, replace=self.replace)

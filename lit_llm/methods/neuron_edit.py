@@ -15,7 +15,7 @@ from lit_llm.editing.optimise import Optimising
 from lit_llm.editing.triggers import Trigger
 from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.answers import Generation
-from lit_llm.methods.editing import Editing
+from lit_llm.methods.editing import ALL, Editing
 from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
 from lit_llm.models.language_model import ModelSpec
 
@@ -73,9 +73,9 @@ class NeuronEdit(Editing):
         if self.editor is None:
             self.editor = NeuronEditor(self.model.body, self.student.head, self.student.tokenizer, self.settings)
 
-    def compute(self, facts: Sequence[EditedFact], edits: EditSet) -> list[Edit]:
+    def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
         made = self.editor.edit(facts)
-        if edits is self.edits and made.selected is not None:
+        if name == ALL and made.selected is not None:
             self._selected_in = made.languages
             for layer, selected_FLm in made.selected.items():
                 self._selected.setdefault(layer, []).append(selected_FLm)
