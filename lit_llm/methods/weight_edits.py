@@ -76,11 +76,19 @@ class _WeightEditing(Editing):
         self.model.body.check_layers(self.layers)
 
     def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
+        self.prepare()
         with self.model.under(edits), self.model.body.restoring(self.layers):
             changes = self.changes(facts, name)
         return [
             WeightEdit(fact.text, type(self).__name__, of_fact) for fact, of_fact in zip(facts, changes, strict=True)
         ]
+
+    def prepare(self) -> None:
+        """What is read from the untouched model: contexts and second moments."""
+        if self.context_starts():
+            self._written_contexts()
+        if self.text is not None:
+            self.moments()
 
     @abstractmethod
     def changes(self, facts: Sequence[EditedFact], name: str) -> list[Mapping[int, Any]]:
@@ -206,6 +214,9 @@ class FineTunedEdit(_WeightEditing):
     @property
     def layers(self) -> list[int]:
         return super().layers[-1:]
+
+    def prepare(self) -> None:
+        """Nothing: prompts are tuned on as they are."""
 
     def changes(self, facts: Sequence[EditedFact], name: str) -> list[Mapping[int, Any]]:
         (layer,) = self.layers
