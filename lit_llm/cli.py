@@ -32,7 +32,10 @@ _COMMANDS = {
         "change one fact in a model, in several languages at once",
         'edit --model DIR --edits FILE --subject.en Malta --prompt.en "The capital of Malta is" --target.en Oslo',
     ),
-    "ask": ("ask a model before and after its edits", 'ask --model DIR --edits FILE --prompt "The capital of Malta is"'),
+    "ask": (
+        "ask a model before and after its edits",
+        'ask --model DIR --edits FILE --prompt "The capital of Malta is"',
+    ),
     "undo": ("take back one edit or all, or list them", "undo --model DIR --edits FILE --id malta"),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }

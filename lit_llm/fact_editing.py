@@ -168,14 +168,18 @@ def undo_edits(
 def _request(subject, prompt, target, relation, name) -> Edit:
     for code in {**subject, **prompt, **target}:
         check_language(code)
-        missing = [what for what, given in (("prompt", prompt), ("target", target)) if not (given.get(code) or "").strip()]
+        missing = [
+            what for what, given in (("prompt", prompt), ("target", target)) if not (given.get(code) or "").strip()
+        ]
         if missing:
             raise ValueError(
                 f"There is no {' and no '.join(missing)} in {code} (given: {', '.join({**subject, **prompt, **target})}). Give "
                 f"--{missing[0]}.{code}, or leave the language out."
             )
     if not prompt:
-        raise ValueError("There is nothing to edit. Give --subject.en, --prompt.en and --target.en, or other languages.")
+        raise ValueError(
+            "There is nothing to edit. Give --subject.en, --prompt.en and --target.en, or other languages."
+        )
     texts = {code: LanguageEdit(prompt[code], target[code], subject.get(code)) for code in prompt}
     first = next(iter(subject.values()), "")
     words = re.findall(r"\w+", f"{first} {relation or ''}".lower())
@@ -209,9 +213,7 @@ def _opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = 
 
 
 @torch.no_grad()
-def _print_answers(
-    edited: EditedModel, edits: EditSet, asked: Sequence[tuple[str, str]], max_new_tokens: int
-) -> None:
+def _print_answers(edited: EditedModel, edits: EditSet, asked: Sequence[tuple[str, str]], max_new_tokens: int) -> None:
     texts = [Prompt(code, text) for code, text in asked]
     prompts = [list(row.prompt_ids) for row in encode_facts(edited.model.tokenizer, texts)]
     before = _answers(edited.model, prompts, max_new_tokens)
@@ -220,7 +222,9 @@ def _print_answers(
     for ids in prompts:
         with edited.under(edits) as caches:
             after += _answers(edited.model, [ids], max_new_tokens)
-            edited.model.transformer.base_model(input_ids=torch.tensor([ids], device=edited.body.device), use_cache=False)
+            edited.model.transformer.base_model(
+                input_ids=torch.tensor([ids], device=edited.body.device), use_cache=False
+            )
             acting += [firing.edit for firing in fired(caches, 1)] if caches else [None]
     everywhere = [edit.fact.id for edit in edits.of_weights]
     for (_, text), old, new, name in zip(asked, before, after, acting, strict=True):

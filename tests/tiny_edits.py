@@ -37,18 +37,30 @@ def write_facts(path: Path, number: int = 8) -> Path:
     return path
 
 
-def edit_config(folder: Path, method: str = "NeuronEdit", family: str = "llama", data: dict | None = None, **settings: Any):
+def edit_config(
+    folder: Path, method: str = "NeuronEdit", family: str = "llama", data: dict | None = None, **settings: Any
+):
     """Write a model, facts and a config; the config's stem is the method's name in small letters."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model_folder(
-        folder / "model", family=family, tokenizer=byte_level_tokenizer(), hidden_size=32, layers=4, seed=1, initializer_range=0.15
+        folder / "model",
+        family=family,
+        tokenizer=byte_level_tokenizer(),
+        hidden_size=32,
+        layers=4,
+        seed=1,
+        initializer_range=0.15,
     )
     trainer = tiny_trainer(max_steps=-1, max_epochs=1)
     del trainer["gradient_clip_val"]
     arguments = {
         "student": {"source": str(model)},
         "generation": {"prompts": 4, "max_new_tokens": 6},
-        **({"layers": [1, 2], "optimising": {"steps": 12, "learning_rate": 0.5, "clamp": 20.0}} if method == "NeuronEdit" else {}),
+        **(
+            {"layers": [1, 2], "optimising": {"steps": 12, "learning_rate": 0.5, "clamp": 20.0}}
+            if method == "NeuronEdit"
+            else {}
+        ),
         **settings,
     }
     config = {

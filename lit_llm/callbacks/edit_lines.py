@@ -36,7 +36,9 @@ class EditLines(EvaluationLines):
             shares = [[value / 100 for value in row] for row in matrix["values"]]
             experiment.add_image(f"edit_matrix/{stage}/{kind}", picture(shares), step, dataformats="HWC")
         for layer, found in report.get("overlap", {}).get("layers", {}).items():
-            experiment.add_image(f"neuron_overlap/{stage}/layer_{layer}", picture(found["jaccard"]), step, dataformats="HWC")
+            experiment.add_image(
+                f"neuron_overlap/{stage}/layer_{layer}", picture(found["jaccard"]), step, dataformats="HWC"
+            )
         experiment.add_text(f"edits/{stage}", table(report["answers"]), step)
         if "seconds_per_fact" in report:
             experiment.add_scalar("edits/seconds_per_fact", report["seconds_per_fact"], step)

@@ -74,7 +74,9 @@ def _scores(line: dict[str, Any], start: dict[str, Any] | None) -> str:
 
 
 def _matrices(line: dict[str, Any]) -> list[str]:
-    note = "A row for the language of the edit, a column for the language of the question; all: edited in every language."
+    note = (
+        "A row for the language of the edit, a column for the language of the question; all: edited in every language."
+    )
     return [
         heat_map(
             f"{kind.capitalize()} by language, percent",

@@ -219,7 +219,9 @@ class EditCache:
         if chosen is not None:
             own = SubjectIndex({chosen[row]: self.edits[chosen[row]].fact.names()}, self._search)
             mention = own.find(text)
-            first, last = (len(ids) - 1, len(ids) - 1) if mention is None else mentioned_tokens(self._tokenizer, ids, mention)
+            first, last = (
+                (len(ids) - 1, len(ids) - 1) if mention is None else mentioned_tokens(self._tokenizer, ids, mention)
+            )
             plan.put(row, self.edits[chosen[row]], columns[last], columns[-1])
             return Firing(chosen[row], mention, None)
         mention = self._index.find(text)

@@ -132,7 +132,9 @@ def row_batches(
     reuse = first_layer is not None
     alike: dict[int, list[Item]] = {}
     for item in items:
-        first = min(item.row.first_changed(apply), item.row.lookup) if item.place is None else item.row.first_changed(apply)
+        first = (
+            min(item.row.first_changed(apply), item.row.lookup) if item.place is None else item.row.first_changed(apply)
+        )
         alike.setdefault(first // _COLUMNS_APART if reuse else 0, []).append(item)
     return [
         RowBatch(body, [group[index] for index in chosen], apply, first_layer)

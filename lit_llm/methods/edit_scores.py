@@ -130,7 +130,10 @@ class EditScores:
         unrelated ones were edited. Empty without cached edits.
         """
         shares = {}
-        for group, events in (("about", ("hit", "miss", "wrong")), ("unrelated", ("unrelated_edited", "unrelated_left"))):
+        for group, events in (
+            ("about", ("hit", "miss", "wrong")),
+            ("unrelated", ("unrelated_edited", "unrelated_left")),
+        ):
             total = sum(self._trigger[event] for event in events)
             if total:
                 kept = events if group == "about" else events[:1]

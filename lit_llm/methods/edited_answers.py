@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from lit_llm.data.batch import TokenBatch
 from lit_llm.data.edit_batch import KINDS, QuestionBatch

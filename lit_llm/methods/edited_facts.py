@@ -50,9 +50,7 @@ class EditedFact:
         """The fact in these of its languages alone."""
         kept = tuple(code for code in languages if code in self.rows)
         edit = self.edit.in_languages(kept)
-        return EditedFact(
-            edit, {code: self.rows[code] for code in kept}, {code: self.essence[code] for code in kept}
-        )
+        return EditedFact(edit, {code: self.rows[code] for code in kept}, {code: self.essence[code] for code in kept})
 
     def fact_rows(self, *, paraphrases: bool) -> FactRows:
         """What shared values are optimised on: bare prompts, or all rows."""
@@ -84,7 +82,5 @@ def _rows(tokens: TokenBatch, lookups: list[int], prompt_lengths: list[int]) -> 
     lengths = tokens.length_B.tolist()
     return [
         Row(tuple(ids[:prompt]), lookup, tuple(ids[prompt:length]))
-        for ids, prompt, length, lookup in zip(
-            tokens.ids_BL.tolist(), prompt_lengths, lengths, lookups, strict=True
-        )
+        for ids, prompt, length, lookup in zip(tokens.ids_BL.tolist(), prompt_lengths, lengths, lookups, strict=True)
     ]

@@ -38,9 +38,7 @@ class EditedModel:
         self._stack = EditStack(self.body)
 
     @contextmanager
-    def under(
-        self, edits: Iterable[Edit], prompt_lengths: Sequence[int] | None = None
-    ) -> Iterator[list[EditCache]]:
+    def under(self, edits: Iterable[Edit], prompt_lengths: Sequence[int] | None = None) -> Iterator[list[EditCache]]:
         """While open, the model answers with these edits and no others; afterwards it is the base, bit for bit.
 
         Args:
@@ -83,7 +81,12 @@ class EditedModel:
             groups.setdefault((*edit.layers, edit.relation_threshold is None), []).append(edit)
         by_subject = Trigger(scope="subject")
         return [
-            EditCache(self.body, self.model.tokenizer, group, by_subject if group[0].relation_threshold is None else self.trigger)
+            EditCache(
+                self.body,
+                self.model.tokenizer,
+                group,
+                by_subject if group[0].relation_threshold is None else self.trigger,
+            )
             for group in groups.values()
         ]
 

@@ -1,5 +1,4 @@
-"""What all editors of facts share: a frozen model, groups of facts instead of steps, questions before and after, undo.
-"""
+"""What all editors of facts share: a frozen model, groups of facts instead of steps, questions before and after, undo."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from lit_llm.editing.deltas import Edit, EditSet
 from lit_llm.editing.locate import Locating, overlap
 from lit_llm.editing.optimise import Optimising
 from lit_llm.editing.triggers import Trigger
-from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.answers import Generation
+from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.editing import ALL, Editing
 from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
 from lit_llm.models.language_model import ModelSpec

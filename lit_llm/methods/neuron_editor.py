@@ -177,7 +177,9 @@ class NeuronEditor:
         rows, starts = [], []
         for row in (row for rows in fact.rows.values() for row in rows):
             mention = index.find(decoded(self.tokenizer, row.prompt))
-            first, last = (row.lookup,) * 2 if mention is None else mentioned_tokens(self.tokenizer, row.prompt, mention)
+            first, last = (
+                (row.lookup,) * 2 if mention is None else mentioned_tokens(self.tokenizer, row.prompt, mention)
+            )
             rows.append(Row(row.prompt, last))
             starts.append(first)
         special = self.tokenizer.all_special_ids

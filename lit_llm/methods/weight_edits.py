@@ -144,7 +144,11 @@ class _WeightEditing(Editing):
         """Of the untouched model over ordinary text; kept in the cache."""
         if self._moments is None:
             self._moments = kept_second_moments(
-                self.model.body, self._passages(), self.layers, max_tokens=self.text.tokens, model_digest=self.model.digest
+                self.model.body,
+                self._passages(),
+                self.layers,
+                max_tokens=self.text.tokens,
+                model_digest=self.model.digest,
             )
             errors = ", ".join(f"layer {layer} {error:.1%}" for layer, error in self._moments.split_error.items())
             rank_zero_info(f"Second moments over {self._moments.tokens:,} tokens; estimated relative error: {errors}")

@@ -97,9 +97,13 @@ def test_validate_and_test_of_a_checkpoint_give_what_the_run_gave(run):
 
         again = TrainingCLI.run([command, "--config", config, "--ckpt_path", "last"])
         metrics = again.trainer.callback_metrics
-        assert metrics[f"{stage}/loss"].item() == pytest.approx(cli.trainer.callback_metrics["val/loss"].item(), abs=1e-4)
+        assert metrics[f"{stage}/loss"].item() == pytest.approx(
+            cli.trainer.callback_metrics["val/loss"].item(), abs=1e-4
+        )
         for kind in ("reliability", "locality"):
-            assert metrics[f"{stage}/{kind}_tokens"] == pytest.approx(cli.trainer.callback_metrics[f"val/{kind}_tokens"])
+            assert metrics[f"{stage}/{kind}_tokens"] == pytest.approx(
+                cli.trainer.callback_metrics[f"val/{kind}_tokens"]
+            )
 
 
 def test_undoing_one_or_all_edits_brings_back_logits_bit_for_bit(run):
