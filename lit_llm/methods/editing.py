@@ -114,7 +114,7 @@ class Editing(Method):
         keep_base_out_of_checkpoints(self.student)
         self.model = EditedModel(self.student, self.trigger)
         self.edits = EditSet(self.model.digest)
-        languages = self._data_languages() if self.crossed else []
+        languages = self._data_languages() if self.crossed and self._trainer is not None else []
         self.alone = {language: EditSet(self.model.digest) for language in languages}
 
     def train(self, mode: bool = True) -> Editing:
@@ -271,7 +271,8 @@ class Editing(Method):
         if self.edits.cached:
             rank_zero_info(
                 f"{len(self.edits.cached)} edits are cached values, which a folder of weights cannot hold, so no model/ is "
-                f"written. {EDITS_FILE} acts on the base: python -m lit_llm ask --edits {self.run_folder / EDITS_FILE}"
+                f"written. {EDITS_FILE} acts on the base: python -m lit_llm ask --model "
+                f"{self.student_spec.source} --edits {self.run_folder / EDITS_FILE}"
             )
             return {EDITS_FILE: self.edits.save}
         return {EDITS_FILE: self.edits.save, "model": self.export}

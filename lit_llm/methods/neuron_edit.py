@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Optional
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_llm.data.edit_batch import Kind
@@ -83,6 +84,9 @@ class NeuronEdit(Editing):
 
     def log_edits(self, made: Sequence[Edit], seconds: float) -> None:
         super().log_edits(made, seconds)
+        failed = [edit.fact.id for edit in made if edit.stats["stop"] == "not_finite"]
+        if failed:
+            rank_zero_warn(f"The loss of {', '.join(failed)} is not finite; these facts stay as they were.")
         for name in ("filled", "dropped"):
             self.log(f"train/neurons_{name}", torch.tensor(float(sum(edit.stats[name] for edit in made))), batch_size=1)
         counts = [len(neurons) for edit in made for neurons in edit.neurons.values()]
