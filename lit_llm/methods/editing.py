@@ -49,6 +49,7 @@ class Editing(Method):
         crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
             edit of all languages, and asked in every language. Editing then takes about twice as long.
         replace: what happens where a fact is edited already: the new edit takes its place, or the run is refused.
+        trigger: when cached edits act.
     """
 
     data_classes = (Facts,)

@@ -64,7 +64,7 @@ class _WeightEditing(Editing):
 
     @property
     def layers(self) -> list[int]:
-        """That are edited; one in the middle of the published ones by default where a norm follows the MLP."""
+        """That are edited: as given, or those of published editors; of these the last where a norm follows the MLP."""
         body = self.model.body
         if self.given_layers is not None:
             return self.given_layers
