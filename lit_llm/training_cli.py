@@ -71,7 +71,7 @@ class LitTrainer(Trainer):
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        model.student.save(Path(to))
+        model.export(Path(to))
 
     def plan(self, model: LightningModule, datamodule: LightningDataModule, json: bool = False) -> None:
         """Parameters, FLOPs, steps and peak memory of a run, without training and without loading weights.

@@ -5,6 +5,7 @@
     python tools/bench.py aligndistil --setting A
     python tools/bench.py moe --setting A             # B: 16,384 tokens and up to 64 experts, for a GPU: --device cuda
     python tools/bench.py similarity --steps 5
+    python tools/bench.py editing --setting A --steps 3
     python tools/bench.py startup
     python tools/bench.py data --tokenizers STUDENT TEACHER
 
@@ -158,7 +159,7 @@ def _shown(value: object) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=(*STEPPED, "moe", "similarity", "startup", "data"))
+    parser.add_argument("suite", choices=(*STEPPED, "moe", "similarity", "editing", "startup", "data"))
     parser.add_argument("--setting", default="A", help="sizes: A (32,000 tokens), B (151,936) or tiny")
     parser.add_argument("--steps", type=int, default=8, help="measured steps per contender")
     parser.add_argument("--warmup", type=int, default=2, help="steps before that, at least 1, which measure memory")

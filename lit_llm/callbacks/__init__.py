@@ -15,6 +15,7 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
         progress_bar: include `Progress`.
         stage: the command: `fit`, `validate`, `test`; others get none of them but `Progress`.
     """
+    from lit_llm.callbacks.edit_lines import EditLines
     from lit_llm.callbacks.hf_export import HfExport
     from lit_llm.callbacks.histograms import Histograms
     from lit_llm.callbacks.language_lines import LanguageLines
@@ -31,10 +32,11 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
 
     shown = [Progress()] if progress_bar and stage in ("fit", "validate", "test", "predict") else []
     if stage in ("validate", "test"):
-        return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), LanguageLines(), Report()]
+        return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), LanguageLines(), EditLines(), Report()]
     if stage != "fit":
         return shown
     # Progress shows what Throughput measured; Report reads what all others wrote; the validation before the first step
     # wants everybody else to have started.
-    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), Samples(), TokenLines(), LanguageLines(), Histograms()]
+    lines = [Samples(), TokenLines(), LanguageLines(), EditLines()]
+    recorded = [StepAxis(), ContinueMetrics(), RunRecord(), *lines, Histograms()]
     return [NanGuard(), Throughput(), *shown, *recorded, HfExport(), Report(), ValidateAtStart()]

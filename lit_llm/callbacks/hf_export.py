@@ -7,6 +7,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+_WORDS = {"model": "The trained model is", "adapters": "The trained adapters are", "edits.safetensors": "The edits are"}
+
 
 class HfExport(L.Callback):
     """Writes `model/`, `adapters/` or both into the run folder when training ended well: all steps, `max_time` or early stopping.
@@ -14,8 +16,8 @@ class HfExport(L.Callback):
     A run that was interrupted or failed gets none: its weights may stand in the middle of an optimizer step. Its last
     checkpoint can be exported with the command that is then shown. Rank zero writes, the others wait.
 
-    Reads of the method: `student.exports`, name of a folder -> what writes it, atomically and checked by reloading, and
-    `run_folder`.
+    Reads of the method: `exports`, name of a folder or file -> what writes it, atomically and, for a model, checked by
+    reloading, and `run_folder`.
 
     Limit: a strategy that divides the student's weights among ranks must gather them in what writes.
     """
@@ -28,11 +30,9 @@ class HfExport(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            for name, save in pl_module.student.exports.items():
+            for name, save in pl_module.exports.items():
                 save(self._folder / name)
-                rank_zero_info(
-                    f"The trained {'adapters are' if name == 'adapters' else 'model is'} in {self._folder / name}"
-                )
+                rank_zero_info(f"{_WORDS.get(name, name)} in {self._folder / name}")
         trainer.strategy.barrier("export of the trained model")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

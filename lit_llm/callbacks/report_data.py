@@ -31,6 +31,7 @@ class RunData:
         languages: the lines of languages.jsonl; None: missing, as most methods write none.
         similarity: similarity.json; None: missing, likewise.
         expansion: expansion.json; None: missing, likewise.
+        edits: the lines of edits.jsonl; None: missing, likewise.
     """
 
     folder: Path
@@ -44,6 +45,7 @@ class RunData:
     languages: list[dict[str, Any]] | None = None
     similarity: dict[str, Any] | None = None
     expansion: dict[str, Any] | None = None
+    edits: list[dict[str, Any]] | None = None
 
     def curve(self, name: str) -> Curve:
         """The finite values of a metric; empty where it was never logged."""
@@ -144,6 +146,7 @@ def read_run(folder: Path) -> RunData:
         languages=_json_lines(folder / "languages.jsonl"),
         similarity=_json(folder / "similarity.json"),
         expansion=_json(folder / "expansion.json"),
+        edits=_json_lines(folder / "edits.jsonl"),
     )
 
 

@@ -34,6 +34,13 @@ _ON_ANSWERS = [
     Headline("rouge_l", "ROUGE-L of generated answers", higher=True),
     Headline("agreement", "Agreement with the teacher", higher=True),
 ]
+_ON_FACTS = [
+    Headline("reliability", "Edited questions answered as edited, percent", higher=True),
+    Headline("generality", "The same worded anew, percent", higher=True),
+    Headline("locality", "Unrelated questions answered as before, percent", higher=True),
+    Headline("portability", "Questions one step further, percent", higher=True),
+    Headline("loss", "Loss of new answers per token", higher=False, per_token=True),
+]
 _ON_PAIRS = [
     Headline("reward", "Share of the prompt's checks that generated answers keep", higher=True),
     Headline("loss", "Loss", higher=False),
@@ -55,6 +62,8 @@ _ON_PAIRS = [
 
 def headlines(run: RunData) -> list[Headline]:
     """The rows for this kind of run; what was not logged is left out by who draws them."""
+    if run.edits:
+        return _ON_FACTS
     if not run.on_pairs:
         return _ON_ANSWERS
     if run.argument("reverse"):  # it learns to order the pairs the other way round

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_llm.callbacks.report_chart import Level, Series, line_chart
 from lit_llm.callbacks.report_data import RunData
+from lit_llm.callbacks.report_edits import edit_section
 from lit_llm.callbacks.report_headlines import Headline, headlines
 from lit_llm.callbacks.report_languages import language_section
 from lit_llm.callbacks.report_preference import preference_figures
@@ -26,6 +27,7 @@ def page(run: RunData) -> str:
     sections = [
         ("Result", _headline(run)),
         *([("Languages", languages)] if (languages := language_section(run)) else []),
+        *([("Edits", edits)] if (edits := edit_section(run)) else []),
         ("Curves", _figures(run)),
         ("Samples", _samples(run)),
         *([("Tokens", tokens)] if (tokens := token_section(run)) else []),

@@ -37,9 +37,10 @@ def markdown_table(samples: list[Sample]) -> str:
     rows = [["prompt", "reference", *people], ["---"] * (2 + len(people))]
     for sample in samples:
         rows.append([sample.prompt, sample.reference, *(sample.answers.get(who, "") for who in people)])
-    return "\n".join("| " + " | ".join(_cell(text) for text in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(cell(text) for text in row) + " |" for row in rows)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text that stays within its cell of a Markdown table."""
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\").replace("|", "\\|")
     return escaped.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "<br>")

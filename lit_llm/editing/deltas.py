@@ -135,6 +135,12 @@ class EditSet:
         """Write all edits, the history too; the file is there whole or not at all."""
         from safetensors.torch import save
 
+        told, tensors = self.state()
+        tensors["format"] = torch.tensor([_FORMAT])  # a file without edits still holds a tensor
+        write_atomically(Path(file), save(tensors, metadata={"edits": told}))
+
+    def state(self) -> tuple[str, dict[str, Tensor]]:
+        """All of it as JSON and tensors, for a checkpoint."""
         tensors: dict[str, Tensor] = {}
         told = {
             "format": _FORMAT,
@@ -142,8 +148,12 @@ class EditSet:
             "edits": [_describe(edit, f"{number}", tensors) for number, edit in enumerate(self)],
             "history": [_describe(edit, f"history.{number}", tensors) for number, edit in enumerate(self.history)],
         }
-        tensors["format"] = torch.tensor([_FORMAT])  # a file without edits still holds a tensor
-        write_atomically(Path(file), save(tensors, metadata={"edits": json.dumps(told, ensure_ascii=False)}))
+        return json.dumps(told, ensure_ascii=False), tensors
+
+    @classmethod
+    def from_state(cls, state: tuple[str, dict[str, Tensor]]) -> EditSet:
+        """What `state` has given."""
+        return cls._restored(json.loads(state[0]), state[1])
 
     @classmethod
     def load(cls, file: Path, *, base: str | None = None, force: bool = False) -> EditSet:
@@ -157,16 +167,21 @@ class EditSet:
             ValueError: not such a file, or edits of another base.
         """
         told, tensors = _read(Path(file))
-        edits = cls(told["base"])
-        for number, described in enumerate(told["edits"]):
-            edit = _restore(described, f"{number}", tensors)
-            edits._edits[edit.fact.id] = edit
-        edits.history = [_restore(d, f"history.{number}", tensors) for number, d in enumerate(told["history"])]
+        edits = cls._restored(told, tensors)
         if base not in (None, edits.base) and (not force or edits.of_weights):
             raise ValueError(
                 f"{file} holds edits of a base with the weights {edits.base}, but this model's are {base}. Load the model "
                 f"that was edited" + (", or force cached values onto this one." if not edits.of_weights else ".")
             )
+        return edits
+
+    @classmethod
+    def _restored(cls, told: dict[str, Any], tensors: Mapping[str, Tensor]) -> EditSet:
+        edits = cls(told["base"])
+        for number, described in enumerate(told["edits"]):
+            edit = _restore(described, f"{number}", tensors)
+            edits._edits[edit.fact.id] = edit
+        edits.history = [_restore(d, f"history.{number}", tensors) for number, d in enumerate(told["history"])]
         return edits
 
 

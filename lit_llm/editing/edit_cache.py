@@ -19,10 +19,8 @@ from torch import Tensor
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import run_until
 from lit_llm.editing.rows import Apply, Row, padded
-from lit_llm.editing.triggers import Mention, Search, SubjectIndex, Trigger, pooled
+from lit_llm.editing.triggers import Mention, Search, SubjectIndex, Trigger, decoded, mentioned_tokens, pooled
 from lit_llm.folding import dotted, fold
-
-_UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that is not complete
 
 
 @dataclass(frozen=True)
@@ -217,22 +215,25 @@ class EditCache:
     def _consider(self, plan: _Plan, row: int, ids: list[int], columns: list[int], chosen) -> Firing:
         if chosen is not None and chosen[row] is None:
             return Firing(None, None, None)
-        text = self._text(ids)
+        text = decoded(self._tokenizer, ids)
         if chosen is not None:
             own = SubjectIndex({chosen[row]: self.edits[chosen[row]].fact.names()}, self._search)
             mention = own.find(text)
-            first, last = (len(ids) - 1, len(ids) - 1) if mention is None else self._tokens_of(ids, mention)
+            first, last = (
+                (len(ids) - 1, len(ids) - 1) if mention is None else mentioned_tokens(self._tokenizer, ids, mention)
+            )
             plan.put(row, self.edits[chosen[row]], columns[last], columns[-1])
             return Firing(chosen[row], mention, None)
         mention = self._index.find(text)
         if mention is None:
             return Firing(None, None, None)
-        first, last = self._tokens_of(ids, mention)
-        if self.trigger.scope == "subject":
+        first, last = mentioned_tokens(self._tokenizer, ids, mention)
+        if self.trigger.scope == "subject" and not self._compares(mention):
             edit = self.edits[mention.edits[-1]]  # the newest
             plan.put(row, edit, columns[last], columns[-1])
             return Firing(edit.fact.id, mention, None)
-        asked = [columns[at] for at in range(len(ids)) if not first <= at <= last]
+        special = set(self._tokenizer.all_special_ids)  # the first token of a text is much larger than all others
+        asked = [columns[at] for at, token in enumerate(ids) if not first <= at <= last and token not in special]
         plan.candidates.append((row, mention, columns[last], columns[-1], asked))
         return Firing(None, mention, None)
 
@@ -249,13 +250,21 @@ class EditCache:
             question_d = pooled(hidden_RTd[row : row + 1].detach(), kept_1T)[0]
             scored = [(self._cosine(question_d, self.edits[name]), name) for name in mention.edits]
             cosine, name = max(scored)
-            needed = self.trigger.relation_threshold
-            needed = self.edits[name].relation_threshold if needed is None else needed
-            fires = cosine >= needed
+            fires = cosine >= self._needed(name)
             if fires:
                 plan.put(row, self.edits[name], lookup, last)
             self.firings[row] = Firing(name if fires else None, mention, cosine)
         plan.candidates = []
+
+    def _compares(self, mention: Mention) -> bool:
+        """Whether the relation has to choose between several edits of one subject, and can."""
+        return len(mention.edits) > 1 and all(self.edits[name].relation_Kd is not None for name in mention.edits)
+
+    def _needed(self, name: str) -> float:
+        if self.trigger.scope == "subject":
+            return -1.0
+        given = self.trigger.relation_threshold
+        return self.edits[name].relation_threshold if given is None else given
 
     def _cosine(self, question_d: Tensor, edit: CachedEdit) -> float:
         return (edit.relation_Kd.to(question_d) @ question_d).max().item()
@@ -277,26 +286,6 @@ class EditCache:
             return neurons_Nm.index_add(0, at_P, added_Rm[row_P].to(neurons_Nm.dtype))
 
         return add
-
-    # text and tokens
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def _tokens_of(self, ids: list[int], mention: Mention) -> tuple[int, int]:
-        """First and last token of a name: the last is the first one with which the text reaches the name's end."""
-        whole = self._text(ids)
-        return self._reaching(ids, whole, mention.start + 1), self._reaching(ids, whole, mention.end)
-
-    def _reaching(self, ids: list[int], whole: str, characters: int) -> int:
-        low, high = 1, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            text = self._text(ids[:middle])
-            if not whole.startswith(text):
-                text = text.rstrip(_UNFINISHED)
-            low, high = (low, middle) if len(text) >= characters else (middle + 1, high)
-        return low - 1
 
     def _require(self, names: Sequence[str]) -> None:
         if unknown := sorted(set(names) - self.edits.keys()):
@@ -366,19 +355,23 @@ class _Plan:
 
 
 @torch.no_grad()
-def relation_vectors(body: FeedForwards, rows: Sequence[Row], subject_starts: Sequence[int], layer: int) -> Tensor:
+def relation_vectors(
+    body: FeedForwards, rows: Sequence[Row], subject_starts: Sequence[int], layer: int, special_ids: Sequence[int] = ()
+) -> Tensor:
     """(rows, d) pooled hidden states of prompts where the block `layer` begins, without the subject's tokens.
 
     Args:
         rows: prompts; `lookup` is the subject's last token.
         subject_starts: index of the subject's first token in each prompt.
         layer: the first edited layer.
+        special_ids: tokens that do not count, as `EditCache` leaves out those of its tokenizer.
     """
     grid = padded([row.prompt for row in rows], body.device)
     position_T = torch.arange(grid.ids_RT.shape[1], device=body.device)
     first_R1 = torch.tensor(list(subject_starts), device=body.device)[:, None]
     last_R1 = torch.tensor([row.lookup for row in rows], device=body.device)[:, None]
     kept_RT = (position_T < grid.length_R[:, None]) & ~((position_T >= first_R1) & (position_T <= last_R1))
+    kept_RT &= ~torch.isin(grid.ids_RT, torch.tensor(list(special_ids), dtype=torch.int64, device=body.device))
     found: list[Tensor] = []
 
     def keep(module, args, kwargs) -> None:

@@ -130,7 +130,14 @@ def row_batches(
     apart.
     """
     reuse = first_layer is not None
-    costs = [(item.row.first_changed(apply) // _COLUMNS_APART if reuse else 0, len(item.row.inputs)) for item in items]
+    alike: dict[int, list[Item]] = {}
+    for item in items:
+        first = (
+            min(item.row.first_changed(apply), item.row.lookup) if item.place is None else item.row.first_changed(apply)
+        )
+        alike.setdefault(first // _COLUMNS_APART if reuse else 0, []).append(item)
     return [
-        RowBatch(body, [items[index] for index in chosen], apply, first_layer) for chosen in bunches(costs, max_tokens)
+        RowBatch(body, [group[index] for index in chosen], apply, first_layer)
+        for group in alike.values()
+        for chosen in bunches([(0, len(item.row.inputs)) for item in group], max_tokens)
     ]

@@ -19,6 +19,7 @@ from lit_llm.folding import begins_inside_word, dotted, end_with_marks, fold
 _SHORTEST, _SHORTEST_CJK = 4, 2  # folded characters of a name that triggers, where the edit has a longer one
 _CJK = (("\u1100", "\u11ff"), ("\u2e80", "\u9fff"), ("\uac00", "\ud7af"))
 _MARGIN = 0.02
+_UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that is not complete
 
 Search = Callable[[str, str], "tuple[int, int] | None"]
 
@@ -29,7 +30,8 @@ class Trigger:
 
     Args:
         scope: `subject_relation`: the subject is named, and the question is close enough to the edit's prompts. `subject`:
-            it is named; such an edit also changes the subject's other facts, so tables have to say that it was used.
+            it is named; such an edit also changes the subject's other facts, so tables have to say that it was used. Of
+            several edits of one subject the one with the nearest prompts acts, where they are known, else the newest.
         relation_threshold: cosine that the question needs; None: each edit's own (see `relation_threshold`).
 
     Raises:
@@ -117,6 +119,17 @@ class SubjectIndex:
         return None
 
 
+def decoded(tokenizer, ids: Sequence[int]) -> str:
+    """The text that names are looked for in."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def mentioned_tokens(tokenizer, ids: Sequence[int], mention: Mention) -> tuple[int, int]:
+    """First and last token of a name in `decoded` ids: the last is the first one with which the text reaches its end."""
+    whole = decoded(tokenizer, ids)
+    return tuple(_reaching(tokenizer, ids, whole, end) for end in (mention.start + 1, mention.end))
+
+
 def pooled(hidden_RTd: Tensor, kept_RT: Tensor) -> Tensor:
     """(R, d) mean over the kept tokens, of norm 1; 0 where none is kept."""
     weight_RT = kept_RT.to(torch.float32)
@@ -139,6 +152,17 @@ def relation_threshold(vectors_Kd: Tensor) -> float:
     cosine_KK = vectors_Kd @ vectors_Kd.T
     cosine_KK.fill_diagonal_(-torch.inf)
     return cosine_KK.amax(-1).min().item() - _MARGIN
+
+
+def _reaching(tokenizer, ids: Sequence[int], whole: str, characters: int) -> int:
+    low, high = 1, len(ids)
+    while low < high:
+        middle = (low + high) // 2
+        text = decoded(tokenizer, ids[:middle])
+        if not whole.startswith(text):
+            text = text.rstrip(_UNFINISHED)
+        low, high = (low, middle) if len(text) >= characters else (middle + 1, high)
+    return low - 1
 
 
 def _shortest(text: str) -> int:

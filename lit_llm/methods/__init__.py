@@ -10,9 +10,11 @@ from lit_llm.methods.kd import KD
 from lit_llm.methods.kto import KTO
 from lit_llm.methods.layer_moe import LayerMoE
 from lit_llm.methods.mined import MinED
+from lit_llm.methods.neuron_edit import NeuronEdit
 from lit_llm.methods.sft import SFT
 from lit_llm.methods.shared_vocabulary import SharedVocabularyKD
 from lit_llm.methods.uld import ULD
+from lit_llm.methods.weight_edits import MEMIT, ROME, AlphaEdit, FineTunedEdit
 
 __all__ = [
     "ADPA",
@@ -22,10 +24,15 @@ __all__ = [
     "GOLD",
     "KD",
     "KTO",
+    "MEMIT",
+    "ROME",
     "SFT",
     "ULD",
     "AlignDistil",
+    "AlphaEdit",
+    "FineTunedEdit",
     "LayerMoE",
     "MinED",
+    "NeuronEdit",
     "SharedVocabularyKD",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -85,6 +86,15 @@ class Answering(L.LightningModule):
     def sampler(self) -> LanguageModel:
         """Whose answers on-policy training learns on."""
         return self.student
+
+    @property
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        """What a run leaves: name in the run folder -> what writes it."""
+        return self.student.exports
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model as a plain Hugging Face folder."""
+        self.student.save(folder)
 
     @property
     def run_folder(self) -> Path:

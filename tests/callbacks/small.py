@@ -79,6 +79,10 @@ class SmallMethod(L.LightningModule):
         self.validated_at: list[int] = []
 
     @property
+    def exports(self):
+        return self.student.exports
+
+    @property
     def run_folder(self) -> Path:
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 

@@ -23,7 +23,7 @@ def test_a_run_leaves_everything_that_a_run_folder_promises(tmp_path):
 
 
 def test_evaluating_commands_neither_guard_nor_export():
-    evaluating = ["Progress", "StepAxis", "RunRecord", "Samples", "TokenLines", "LanguageLines", "Report"]
+    evaluating = ["Progress", "StepAxis", "RunRecord", "Samples", "TokenLines", "LanguageLines", "EditLines", "Report"]
     assert names(stage="test") == evaluating == names(stage="validate")
     assert names(stage="predict") == ["Progress"]
     assert names(stage="export") == []
@@ -37,6 +37,6 @@ def test_the_progress_bar_can_be_left_out(stage):
 def test_progress_shows_what_throughput_measured_and_the_report_comes_after_its_sources():
     order = names(stage="fit")
     assert order.index("Throughput") < order.index("Progress")
-    sources = ("StepAxis", "RunRecord", "Samples", "TokenLines", "LanguageLines", "HfExport")
+    sources = ("StepAxis", "RunRecord", "Samples", "TokenLines", "LanguageLines", "EditLines", "HfExport")
     assert max(map(order.index, sources)) < order.index("Report")
     assert order[-1] == "ValidateAtStart"

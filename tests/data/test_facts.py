@@ -12,7 +12,7 @@ from lit_llm.data.batch import TokenBatch
 from lit_llm.data.edit_batch import KINDS, EditBatch, QuestionBatch
 from lit_llm.data.edit_requests import Edit
 from lit_llm.data.encoded_facts import FactEncoding, encode_edits
-from lit_llm.data.facts import Facts
+from lit_llm.data.facts import Facts, read_known
 from lit_llm.data.planned_data import PlannedData
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 
@@ -295,3 +295,10 @@ def test_it_is_a_planned_data_module_and_resumes_inside_an_epoch(source):
     again = data.train_dataloader()
     again.load_state_dict(state)
     assert [batch.examples for batch in again] == rest and sorted(sum([*first, *rest], ())) == list(range(7))
+
+
+def test_the_packaged_list_of_known_facts_is_read_and_another_is_not_found():
+    found = read_known("facts:gemma3-270m")
+    assert len(found["known"]) > 100 and all(len(languages) >= 2 for languages in found["known"].values())
+    with pytest.raises(FileNotFoundError, match="facts:nothing"):
+        read_known("facts:nothing")

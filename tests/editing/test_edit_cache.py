@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lit_llm.editing.edit_cache import CachedEdit, EditCache, FactText, relation_vectors
+from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import run
 from lit_llm.editing.rows import Row, padded
-from lit_llm.editing.triggers import Trigger
+from lit_llm.editing.triggers import SubjectIndex, Trigger, decoded, mentioned_tokens
 from lit_llm.models import generation
 from tests import tiny
 from tests.editing import models
@@ -157,7 +158,8 @@ def test_a_question_of_another_relation_about_the_same_subject_is_left_alone(tok
     assert torch.equal(found[1], plain[1]) and not torch.equal(found[0], plain[0])
 
 
-def test_of_several_edits_of_one_subject_the_nearest_relation_acts(tokenizer):
+@pytest.mark.parametrize("trigger", [None, BY_NAME])
+def test_of_several_edits_of_one_subject_the_nearest_relation_acts(tokenizer, trigger):
     body = body_of()
     texts = {"capital": QUESTION, "colour": "### Instruction:\nName three colours of France"}
     edits = []
@@ -165,11 +167,31 @@ def test_of_several_edits_of_one_subject_the_nearest_relation_acts(tokenizer):
         row = Row(tokenizer.encode(text), subject_last(tokenizer, text))
         vectors = relation_vectors(body, [row], [row.lookup], LAYERS[0])
         edits.append(edit(relation, seed=number, relation_Kd=vectors, relation_threshold=0.5))
-    cache = EditCache(body, tokenizer, edits)
+    cache = EditCache(body, tokenizer, edits, trigger)
     with torch.no_grad(), cache.active():
         for relation, text in texts.items():
             run(body, padded(ids(tokenizer, text)))
             assert cache.firings[0].edit == relation
+
+
+def test_special_tokens_do_not_count_for_the_relation(tokenizer):
+    model = models.transformer("llama", vocab_size=tiny.VOCABULARY_SIZE, eos_token_id=None)
+    special = tokenizer.all_special_ids
+    with torch.no_grad():
+        model.get_input_embeddings().weight[special] = 1.0  # the row of padding is 0 in a random model
+    body = FeedForwards(model)
+    prompt = (special[0], *tokenizer.encode(QUESTION))
+    mention = SubjectIndex({"france": ["France"]}).find(decoded(tokenizer, prompt))
+    first, last = mentioned_tokens(tokenizer, prompt, mention)
+    row = Row(prompt, last)
+    cosines = []
+    for left_out in (special, ()):
+        vectors = relation_vectors(body, [row], [first], LAYERS[0], left_out)
+        cache = EditCache(body, tokenizer, [edit(relation_Kd=vectors, relation_threshold=-1.0)])
+        with torch.no_grad(), cache.active():
+            run(body, padded([row.prompt]))
+        cosines.append(cache.firings[0].cosine)
+    assert cosines[0] == pytest.approx(1.0, abs=1e-4) and cosines[1] < cosines[0]
 
 
 def test_an_edit_chosen_from_outside_acts_whatever_the_text_says(tokenizer):

@@ -82,3 +82,14 @@ def test_a_missing_checkout_is_said_by_row():
 def test_a_bench_without_a_step_that_measures_memory_is_refused():
     done = bench("dskd", "--setting", "tiny", "--steps", "1", "--warmup", "0", "--threads", "1")
     assert done.returncode != 0 and "--warmup is 0" in done.stderr
+
+
+def test_facts_edited_together_get_the_values_that_they_get_alone(tmp_path):
+    out = tmp_path / "rows.jsonl"
+    done = bench("editing", "--setting", "tiny", "--steps", "1", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["contender"] for row in rows] == [
+        f"{count} facts, {how}" for count in (1, 4) for how in ("together", "one by one")
+    ]
+    assert all(row["gap"] <= 1e-4 and row["s per fact"] > 0 for row in rows)

@@ -1,0 +1,181 @@
+"""What questions about edited facts are scored with, by kind and language, and the report made of it.
+
+Shapes: Q questions, T answer tokens of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lit_llm.data.edit_batch import KINDS, Kind
+from lit_llm.editing.edit_cache import Firing
+from lit_llm.evaluation.editing import (
+    EditMatrix,
+    GeneratedExactMatch,
+    GeneratedF1,
+    MeanScore,
+    TokenExactMatch,
+    TokenF1,
+    first_sentence,
+    normalized,
+)
+
+PROTOCOLS = {"generated": "written freely", "generated_f1": "F1 of words written freely"}
+PROTOCOLS |= {"tokens": "tokens, teacher-forced", "exact": "all tokens, teacher-forced", "f1": "F1, teacher-forced"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with what the model says, and what it should say.
+
+    Attributes:
+        fact: id of the edited fact.
+        kind: what it tests.
+        language: code.
+        prompt: as asked.
+        answer: the data's answer.
+        predicted: best tokens at the answer's positions, the answer's earlier tokens given.
+        wanted: the answer's tokens; for locality the untouched model's predictions.
+        said: what is written freely, up to its first sentence; None: not asked for.
+        wanted_said: the answer; for locality what the untouched model writes.
+        said_before: what the untouched model writes.
+        firing: what the trigger did; None where there are no cached edits.
+    """
+
+    fact: str
+    kind: Kind
+    language: str
+    prompt: str
+    answer: str
+    predicted: tuple[int, ...]
+    wanted: tuple[int, ...]
+    said: str | None = None
+    wanted_said: str | None = None
+    said_before: str | None = None
+    firing: Firing | None = None
+
+    @property
+    def is_right(self) -> float:
+        """By what is written freely, where it was asked for, else by all tokens under teacher forcing."""
+        if self.said is None:
+            return float(self.predicted == self.wanted)
+        return float(normalized(first_sentence(self.said)) == normalized(self.wanted_said))
+
+
+class EditScores:
+    """Scores of questions by kind and language, and matrices over the language of the edit.
+
+    Args:
+        languages: of the data.
+        crossed: kinds with a matrix.
+    """
+
+    def __init__(self, languages: Sequence[str], crossed: Sequence[Kind] = ()) -> None:
+        self.languages = list(languages)
+        self._scores: dict[tuple[Kind, str], dict[str, MeanScore]] = {}
+        self.matrices = {kind: EditMatrix(self.languages, sync_on_compute=False) for kind in crossed}
+        self._trigger: Counter[str] = Counter()
+        self.asked: list[Question] = []
+
+    def add(self, questions: Sequence[Question]) -> None:
+        """Add questions asked under the edits of all languages."""
+        for question in questions:
+            metrics = self._scores.setdefault((question.kind, question.language), _metrics())
+            self._update(metrics, question)
+            if question.firing is not None:
+                self._trigger[_what_happened(question)] += 1
+        self.add_crossed("all", questions)
+        self.asked += questions
+
+    def add_crossed(self, edited: str, questions: Sequence[Question]) -> None:
+        """Add questions asked under the edits of one language to the matrices."""
+        for question in questions:
+            if question.kind in self.matrices:
+                score = torch.tensor([question.is_right])
+                self.matrices[question.kind].update(edited, question.language, score)
+
+    def _update(self, metrics: dict[str, MeanScore], question: Question) -> None:
+        pair = [list(question.predicted)], [list(question.wanted)]
+        equal = [float(a == b) for a, b in zip(question.predicted, question.wanted, strict=True)]
+        metrics["tokens"].update(torch.tensor([sum(equal) / len(equal)]))
+        metrics["exact"].update(*pair)
+        metrics["f1"].update(*pair)
+        if question.said is not None:
+            said = [question.said], [question.wanted_said]
+            metrics["generated"].update(*said)
+            metrics["generated_f1"].update(*said)
+
+    def compute(self) -> dict[Kind, dict[str, dict[str, float]]]:
+        """kind -> language -> protocol -> percent, `all` among the languages for the mean over them."""
+        found: dict[Kind, dict[str, dict[str, float]]] = {}
+        for kind in KINDS:
+            by_language = {}
+            for language in self.languages:
+                if (kind, language) in self._scores:
+                    metrics = self._scores[kind, language]
+                    by_language[language] = {
+                        name: metric.compute().item() for name, metric in metrics.items() if metric.count > 0
+                    }
+            if by_language:
+                found[kind] = {**by_language, "all": _mean(list(by_language.values()))}
+        return found
+
+    def trigger(self) -> dict[str, float]:
+        """Shares of questions in percent: which of the subject's were caught, missed or taken for another fact's, and which
+        unrelated ones were edited. Empty without cached edits.
+        """
+        shares = {}
+        for group, events in (
+            ("about", ("hit", "miss", "wrong")),
+            ("unrelated", ("unrelated_edited", "unrelated_left")),
+        ):
+            total = sum(self._trigger[event] for event in events)
+            if total:
+                kept = events if group == "about" else events[:1]
+                shares |= {event: 100 * self._trigger[event] / total for event in kept}
+        return shares
+
+    def report(self) -> dict[str, Any]:
+        """Everything, for the callbacks that write it; see `callbacks.edit_lines`."""
+        matrices = {
+            kind: {"rows": [*self.languages, "all"], "values": matrix.compute()["matrix"].tolist()}
+            for kind, matrix in self.matrices.items()
+            if matrix.counts.any()
+        }
+        return {
+            "languages": self.languages,
+            "scores": self.compute(),
+            "matrices": matrices,
+            "trigger": self.trigger(),
+            "answers": [
+                {
+                    **{"fact": q.fact, "kind": q.kind, "language": q.language, "prompt": q.prompt},
+                    **{"wanted": q.wanted_said, "before": q.said_before, "after": q.said, "right": bool(q.is_right)},
+                }
+                for q in self.asked
+                if q.said is not None
+            ],
+        }
+
+
+def _metrics() -> dict[str, MeanScore]:
+    made = {"tokens": MeanScore, "exact": TokenExactMatch, "f1": TokenF1}
+    made |= {"generated": GeneratedExactMatch, "generated_f1": GeneratedF1}
+    return {name: kind(sync_on_compute=False) for name, kind in made.items()}
+
+
+def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
+    names = {name: None for score in scores for name in score}
+    return {name: sum(s[name] for s in scores if name in s) / sum(name in s for s in scores) for name in names}
+
+
+def _what_happened(question: Question) -> str:
+    acting = question.firing.edit
+    if question.kind == "locality":
+        return "unrelated_left" if acting is None else "unrelated_edited"
+    return "miss" if acting is None else "hit" if acting == question.fact else "wrong"

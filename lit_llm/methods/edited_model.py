@@ -1,0 +1,101 @@
+"""A language model under edits that come and go: cached values while a block is open, changes of weights composed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lit_llm.editing.deltas import Edit, EditStack, base_digest
+from lit_llm.editing.edit_cache import CachedEdit, EditCache, Firing
+from lit_llm.editing.hooks import FeedForwards
+from lit_llm.editing.triggers import Trigger
+from lit_llm.models.language_model import LanguageModel
+
+EDITS_FILE = "edits.safetensors"
+
+
+class EditedModel:
+    """A model whose base stays as it is, whatever acts on it.
+
+    Args:
+        model: as it is before any edit, in eval mode.
+        trigger: of cached edits that were stored with a threshold for their relation; the others are triggered by the
+            subject alone.
+
+    Attributes:
+        digest: of the base's weights.
+        body: the base's feed-forward blocks; between blocks of `under`, its weights are those of `rest`.
+
+    Raises:
+        ValueError: an architecture that cannot be edited.
+    """
+
+    def __init__(self, model: LanguageModel, trigger: Trigger | None = None) -> None:
+        self.model, self.trigger = model, trigger or Trigger()
+        self.body = FeedForwards(model.transformer)
+        self.digest = base_digest(self.body)
+        self._stack = EditStack(self.body)
+
+    @contextmanager
+    def under(self, edits: Iterable[Edit], prompt_lengths: Sequence[int] | None = None) -> Iterator[list[EditCache]]:
+        """While open, the model answers with these edits and no others; afterwards it is the base, bit for bit.
+
+        Args:
+            edits: cached ones act where their trigger says, the others everywhere.
+            prompt_lengths: see `EditCache.active`.
+
+        Yields:
+            The caches that were opened; their `firings` say what the trigger did with the rows of the last pass.
+        """
+        edits = list(edits)
+        with ExitStack() as opened:
+            of_weights = [edit for edit in edits if not isinstance(edit, CachedEdit)]
+            if of_weights:
+                opened.callback(self._stack.undo)
+                self._stack.apply(of_weights)
+            caches = self._caches([edit for edit in edits if isinstance(edit, CachedEdit)])
+            for cache in caches:
+                opened.enter_context(cache.active(prompt_lengths=prompt_lengths))
+            yield caches
+
+    def save(self, edits: Sequence[Edit], folder: Path) -> None:
+        """Write the model under changes of weights as a plain Hugging Face folder.
+
+        Raises:
+            ValueError: cached edits, which no folder of weights can hold.
+        """
+        if cached := [edit for edit in edits if isinstance(edit, CachedEdit)]:
+            raise ValueError(
+                f"{len(cached)} edits are cached values, e.g. {cached[0].fact.id!r}: they are added to neurons where a text is "
+                f"about their subject, which a Hugging Face folder of weights cannot say. Keep the file {EDITS_FILE} beside the "
+                f"base model; `ask` reads both."
+            )
+        with self.under(edits):
+            self.model.save(folder)
+
+    def _caches(self, edits: Sequence[CachedEdit]) -> list[EditCache]:
+        """One for all edits in the same layers and with the same kind of trigger."""
+        groups: dict[tuple, list[CachedEdit]] = {}
+        for edit in edits:
+            groups.setdefault((*edit.layers, edit.relation_threshold is None), []).append(edit)
+        by_subject = Trigger(scope="subject")
+        return [
+            EditCache(
+                self.body,
+                self.model.tokenizer,
+                group,
+                by_subject if group[0].relation_threshold is None else self.trigger,
+            )
+            for group in groups.values()
+        ]
+
+
+def fired(caches: Sequence[EditCache], rows: int) -> list[Firing]:
+    """What the triggers of all caches did with each row of the last pass: the one that acts, else the nearest miss."""
+    nothing = Firing(None, None, None)
+    found = []
+    for row in range(rows):
+        of_row = [cache.firings[row] for cache in caches if len(cache.firings) == rows] or [nothing]
+        found.append(max(of_row, key=lambda firing: (firing.edit is not None, firing.mention is not None)))
+    return found

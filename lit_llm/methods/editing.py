@@ -1,0 +1,315 @@
+"""What all editors of facts share: a frozen model, groups of facts instead of steps, questions before and after, undo."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lit_llm.data.edit_batch import KINDS, EditBatch, Kind, QuestionBatch
+from lit_llm.data.facts import Facts
+from lit_llm.editing.deltas import Edit, EditSet
+from lit_llm.editing.triggers import Trigger
+from lit_llm.evaluation.samples import Sample
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.base import Method
+from lit_llm.methods.edit_scores import EditScores
+from lit_llm.methods.edited_answers import Asking, Said
+from lit_llm.methods.edited_facts import EditedFact, edited_facts
+from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
+from lit_llm.models.language_model import ModelSpec
+from lit_llm.models.quantization import keep_base_out_of_checkpoints
+
+ALL = "all"
+
+
+class Editing(Method):
+    """Changes facts that a model states, a group of facts at a time; the model itself is frozen.
+
+    A training batch is a group of facts, and writing their edits is one optimizer step. Checkpoints hold edits alone.
+    Validation and test ask questions about all facts of the data, under the edits that are there: reliability (the prompt
+    itself), generality (rephrased), portability (one step further), each for its answer; locality compares what is said of
+    unrelated questions with what the untouched model says. Unrelated questions that are themselves edited in the same run
+    are not asked.
+
+    Subclasses compute the edits of a group (`compute`).
+
+    Args:
+        student: the model.
+        generation: answers written freely, to the questions about the first `prompts` facts (`test_prompts` in a test), up to
+            four tokens more than the wanted ones have. They are greedy.
+        edited_in: languages in which facts are edited; they are asked in all of `data.languages`. None: in all.
+        crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
+            edit of all languages, and asked in every language. Editing then takes about twice as long.
+        replace: what happens where a fact is edited already: the new edit takes its place, or the run is refused.
+        trigger: when cached edits act.
+    """
+
+    data_classes = (Facts,)
+    compiles_loss = False
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        generation: Generation = Generation(max_new_tokens=16),
+        edited_in: Optional[list[str]] = None,
+        crossed: Optional[list[Kind]] = None,
+        replace: bool = False,
+        trigger: Trigger = Trigger(),
+    ) -> None:
+        if student.lora is not None:
+            raise ValueError(
+                "model.student.lora is set, but edits change a model's down projections themselves. Leave lora out; for a model "
+                "with adapters name its folder as model.student.source, and they are merged."
+            )
+        if crossed and edited_in is not None:
+            raise ValueError(
+                f"model.crossed is {crossed}, which edits in each language by turns, but model.edited_in is {edited_in}. Keep one."
+            )
+        _check_greedy(generation)
+        super().__init__(student, generation=generation)
+        self.automatic_optimization = False
+        self.edited_in, self.crossed, self.replace, self.trigger = edited_in, list(crossed or []), replace, trigger
+        self.written = nn.Parameter(torch.zeros(()), requires_grad=False)  # facts that are edited
+        self.model: EditedModel | None = None
+        self.edits: EditSet | None = None
+        self.alone: dict[str, EditSet] = {}
+        self.edit_report: dict[str, Any] | None = None
+        self._scores: EditScores | None = None
+        self._untouched: dict[tuple[str, str], Said] = {}
+        self._asked_already: set[str] = set()
+        self._seconds: list[float] = []
+
+    @abstractmethod
+    def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
+        """The edits of a group of facts; the model is left as it was.
+
+        Args:
+            facts: of the group.
+            edits: earlier ones, over which these are made.
+            name: of `edits`: `all`, or the language in which alone they are made.
+        """
+
+    # ---------------------------------------------------------------- models
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} runs in one process, but trainer.devices asks for {self.trainer.world_size}. Set "
+                f"trainer.devices: 1; a group of facts is edited at once anyway (data.batch_size)."
+            )
+
+    def configure_model(self) -> None:
+        if self.student is not None:
+            return
+        super().configure_model()
+        self.student.requires_grad_(False).eval()
+        keep_base_out_of_checkpoints(self.student)
+        self.model = EditedModel(self.student, self.trigger)
+        self.edits = EditSet(self.model.digest)
+        languages = self._data_languages() if self.crossed and self._trainer is not None else []
+        self.alone = {language: EditSet(self.model.digest) for language in languages}
+
+    def train(self, mode: bool = True) -> Editing:
+        """The student stays in eval mode: dropout would change what is edited."""
+        super().train(mode)
+        if self.student is not None:
+            self.student.eval()
+        return self
+
+    def _data_languages(self) -> list[str]:
+        given = self.trainer.datamodule.languages
+        if given is None:
+            raise ValueError(
+                f"model.crossed is {self.crossed}, but data.languages is not set, so facts may differ in their languages. Name "
+                f"the languages, or leave crossed out."
+            )
+        return list(given)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.written], lr=0.0)  # only counts groups; edits are optimised in `compute`
+
+    # -------------------------------------------------------------- training
+
+    def on_fit_start(self) -> None:
+        # checkpoints do hold what a group has written; the model is in eval mode on purpose
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        if self.trainer.max_epochs != 1:
+            raise ValueError(
+                f"trainer.max_epochs is {self.trainer.max_epochs}, but a fact is edited once. Set trainer.max_epochs: 1."
+            )
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> None:
+        start = time.perf_counter()
+        facts = edited_facts(batch)
+        self._check_languages(facts)
+        kept = facts if self.edited_in is None else [fact.within(self.edited_in) for fact in facts]
+        made = self._write(self.edits, kept, ALL)
+        seconds = time.perf_counter() - start
+        self._seconds += [seconds / len(facts)] * len(facts)
+        self.log_edits(made, seconds)
+        for language, edits in self.alone.items():
+            self._write(edits, [fact.within([language]) for fact in facts], language)
+        self.written += len(facts)
+        self.optimizers().step()
+
+    def _write(self, edits: EditSet, facts: Sequence[EditedFact], name: str) -> list[Edit]:
+        """All edits of the group, or none."""
+        made = self.compute(facts, edits, name)
+        grown = EditSet.from_state(edits.state())
+        for edit in made:
+            grown.add(edit, replace=self.replace)
+        for edit in made:
+            edits.add(edit, replace=self.replace)
+        return made
+
+    def _check_languages(self, facts: Sequence[EditedFact]) -> None:
+        missing = [code for code in self.edited_in or () for fact in facts if code not in fact.languages]
+        if missing:
+            raise ValueError(
+                f"model.edited_in names {missing[0]}, but facts of the data are in {', '.join(facts[0].languages)}. Correct it, "
+                f"or data.languages."
+            )
+
+    def log_edits(self, made: Sequence[Edit], seconds: float) -> None:
+        """Log what a group has cost, and the means of the numbers in the edits' stats."""
+        values = {"seconds_per_fact": seconds / len(made)}
+        for name in ("loss", "steps"):
+            found = [edit.stats[name] for edit in made if name in edit.stats]
+            if found:
+                values[name] = sum(found) / len(found)
+        for name, value in values.items():
+            self.log(f"train/{name}", torch.tensor(float(value)), batch_size=1)
+
+    # ------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.generation.prompts)
+
+    def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.generation.test_prompts)
+
+    def _evaluate(self, batch: QuestionBatch, stage: str, freely: int | None) -> None:
+        if self._scores is None:
+            self._scores = EditScores(batch.languages, self.crossed if len(self.edits) else ())
+            self._asked_already = self._edited_prompts(stage)
+        kept = [
+            row
+            for row, kind in enumerate(batch.kind_R.tolist())
+            if KINDS[kind] != "locality" or batch.prompts[row] not in self._asked_already
+        ]
+        free = {row for row in kept if freely is None or batch.examples[batch.fact_R[row]] < freely}
+        asking = Asking(self.model, self._untouched, self.generation, batch)
+        self._scores.add(asking.questions(self.edits, kept, free))
+        loss = asking.loss
+        for language, edits in self.alone.items():
+            rows = [row for row in kept if KINDS[batch.kind_R[row]] in self.crossed and len(edits)]
+            self._scores.add_crossed(language, asking.questions(edits, rows, free & set(rows)))
+        self.log(f"{stage}/loss", loss, batch_size=len(batch.ids))
+
+    def _edited_prompts(self, stage: str) -> set[str]:
+        asked = self.trainer.datamodule.sets["validation" if stage == "val" else "test"]
+        return {row.prompt for rows in asked.questions for row in rows if row.kind == "reliability"}
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def _finish(self, stage: str) -> None:
+        if self._scores is None:
+            return
+        scores, self._scores = self._scores, None
+        if self.trainer.sanity_checking:
+            return
+        report = scores.report()
+        for kind, by_language in report["scores"].items():
+            for language, by_protocol in by_language.items():
+                of_language = "" if language == ALL else f"_{language}"
+                main = "generated" if "generated" in by_protocol else "exact"
+                self.log(f"{stage}/{kind}{of_language}", by_protocol[main], batch_size=1)
+                if language == ALL:
+                    for name, value in by_protocol.items():
+                        self.log(f"{stage}/{kind}_{name}", value, batch_size=1)
+        for name, value in report["trigger"].items():
+            self.log(f"{stage}/trigger/{name}", value, batch_size=1)
+        self.edit_report = {**report, "facts": len(self.edits), "method": self.words, **self.more_to_report()}
+        if self._seconds:
+            self.edit_report["seconds_per_fact"] = sum(self._seconds) / len(self._seconds)
+        shown = [q for q in scores.asked if q.said is not None and q.kind != "locality"][: self.generation.shown]
+        self.samples = [
+            Sample(q.prompt, q.wanted_said, {"start": q.said_before or "", "student": q.said}) for q in shown
+        ]
+
+    def more_to_report(self) -> dict[str, Any]:
+        """What a method adds to the report of an evaluation."""
+        return {}
+
+    @property
+    def words(self) -> str:
+        """What tables call this run."""
+        return type(self).__name__
+
+    def predict_step(self, batch: list, batch_idx: int) -> list[dict[str, Any]]:
+        with self.model.under(self.edits):
+            return super().predict_step(batch, batch_idx)
+
+    # ---------------------------------------------------------------- result
+
+    @property
+    def exports(self) -> dict[str, Any]:
+        """The file of edits; and, where they are changes of weights, the edited model as a plain folder."""
+        if self.edits.cached:
+            rank_zero_info(
+                f"{len(self.edits.cached)} edits are cached values, which a folder of weights cannot hold, so no model/ is "
+                f"written. {EDITS_FILE} acts on the base: python -m lit_llm ask --model "
+                f"{self.student_spec.source} --edits {self.run_folder / EDITS_FILE}"
+            )
+            return {EDITS_FILE: self.edits.save}
+        return {EDITS_FILE: self.edits.save, "model": self.export}
+
+    def export(self, folder: Path) -> None:
+        """Write the edited model as a plain Hugging Face folder.
+
+        Raises:
+            ValueError: see `EditedModel.save`.
+        """
+        self.model.save(list(self.edits), folder)
+
+    # ---------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        sets = {ALL: self.edits, **self.alone}
+        checkpoint["lit_llm"]["edits"] = {name: list(edits.state()) for name, edits in sets.items()}
+        checkpoint["lit_llm"]["seconds"] = self._seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        sets = {name: EditSet.from_state(state) for name, state in checkpoint["lit_llm"]["edits"].items()}
+        self.edits, self.alone = sets.pop(ALL), sets
+        self._seconds = list(checkpoint["lit_llm"]["seconds"])
+
+    def identity(self) -> dict[str, Any]:
+        digest = None if self.model is None else self.model.digest
+        return {**super().identity(), "base": digest, "edited_in": self.edited_in, "crossed": self.crossed}
+
+
+def _check_greedy(generation: Generation) -> None:
+    usual = Generation()
+    for name in ("temperatures", "seeds", "top_p", "top_k", "no_repeat_ngram_size"):
+        if getattr(generation, name) != getattr(usual, name):
+            raise ValueError(
+                f"model.generation.{name} is {getattr(generation, name)}, but what a model says before and after an edit is "
+                f"compared greedily. Leave {name} out."
+            )

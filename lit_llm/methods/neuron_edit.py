@@ -1,0 +1,127 @@
+"""The neuron editor: LU-LAFN (arXiv 2406.16416), its values cached beside a frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_llm.data.edit_batch import Kind
+from lit_llm.editing.deltas import Edit, EditSet
+from lit_llm.editing.locate import Locating, overlap
+from lit_llm.editing.optimise import Optimising
+from lit_llm.editing.triggers import Trigger
+from lit_llm.methods.answers import Generation
+from lit_llm.methods.edited_facts import EditedFact
+from lit_llm.methods.editing import ALL, Editing
+from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
+from lit_llm.models.language_model import ModelSpec
+
+
+class NeuronEdit(Editing):
+    """Changes facts in all their languages at once through neurons that the languages share (LU-LAFN, arXiv 2406.16416).
+
+    For every fact: neurons that are large for its prompts in each language are located, one vector of values for them is
+    optimised over all languages together, and kept in a cache beside the model, which stays as it is, bit for bit. A text
+    that is about no edited fact is answered by the base model. The paper's code was never released, and its statistic,
+    threshold, loss and trigger are not published; those here are this project's. `data` is `Facts`.
+
+    Args:
+        student: the model.
+        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        locating: which neurons hold a fact.
+        optimising: what is added to them.
+        trigger: when an edit acts.
+        train_on: values are optimised on the bare `prompts`, or on all `paraphrases` as well, for their number times the
+            cost.
+        neurons: `located` ones, or as many `random` ones: the control for the step of locating.
+        seed: of random neurons.
+        generation: answers written freely, to the questions about the first `prompts` facts (`test_prompts` in a test), up to
+            four tokens more than the wanted ones have. They are greedy.
+        edited_in: languages in which facts are edited; they are asked in all of `data.languages`. None: in all. One of
+            them is the control of a single language.
+        crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
+            edit of all languages, and asked in every language. Editing then takes about twice as long.
+        replace: what happens where a fact is edited already: the new edit takes its place, or the run is refused.
+    """
+
+    def __init__(
+        self,
+        student: ModelSpec,
+        layers: Optional[list[int]] = None,
+        locating: Locating = Locating(),
+        optimising: Optimising = Optimising(),
+        trigger: Trigger = Trigger(),
+        train_on: Literal["prompts", "paraphrases"] = "prompts",
+        neurons: Literal["located", "random"] = "located",
+        seed: int = 0,
+        generation: Generation = Generation(max_new_tokens=16),
+        edited_in: Optional[list[str]] = None,
+        crossed: Optional[list[Kind]] = None,
+        replace: bool = False,
+    ) -> None:
+        super().__init__(student, generation, edited_in, crossed, replace, trigger)
+        self.settings = NeuronSettings(layers, locating, optimising, trigger, train_on, neurons, seed)
+        self.editor: NeuronEditor | None = None
+        self._selected: dict[int, list[Tensor]] = {}
+        self._selected_in: tuple[str, ...] = ()
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.editor is None:
+            self.editor = NeuronEditor(self.model.body, self.student.head, self.student.tokenizer, self.settings)
+
+    def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
+        made = self.editor.edit(facts)
+        if name == ALL and made.selected is not None:
+            self._selected_in = made.languages
+            for layer, selected_FLm in made.selected.items():
+                self._selected.setdefault(layer, []).append(selected_FLm)
+        return made.edits
+
+    def log_edits(self, made: Sequence[Edit], seconds: float) -> None:
+        super().log_edits(made, seconds)
+        failed = [edit.fact.id for edit in made if edit.stats["stop"] == "not_finite"]
+        if failed:
+            rank_zero_warn(f"The loss of {', '.join(failed)} is not finite; these facts stay as they were.")
+        for name in ("filled", "dropped"):
+            self.log(f"train/neurons_{name}", torch.tensor(float(sum(edit.stats[name] for edit in made))), batch_size=1)
+        counts = [len(neurons) for edit in made for neurons in edit.neurons.values()]
+        self.log("train/neurons_per_layer", torch.tensor(sum(counts) / len(counts)), batch_size=1)
+
+    def more_to_report(self) -> dict[str, Any]:
+        """How far languages select the same neurons, by layer; where there are enough facts to compare with."""
+        found = {}
+        for layer, parts in self._selected.items():
+            selected_FLm = torch.cat(parts)
+            if len(selected_FLm) >= max(2, selected_FLm.shape[1]):
+                of_layer = overlap(selected_FLm)
+                found[str(layer)] = {
+                    **{"jaccard": of_layer.jaccard_LL.tolist(), "shared": of_layer.pair_LL.tolist()},
+                    **{"same_fact": of_layer.same_fact, "different_facts": of_layer.different_facts},
+                    "chance": of_layer.chance,
+                }
+        return {"overlap": {"languages": list(self._selected_in), "layers": found}} if found else {}
+
+    @property
+    def words(self) -> str:
+        return "LU-LAFN" if self.settings.neurons == "located" else "random neurons"
+
+    # ---------------------------------------------------------------- resume
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        selected = {layer: torch.cat(parts) for layer, parts in self._selected.items()}
+        checkpoint["lit_llm"]["selected"] = {"languages": list(self._selected_in), "layers": selected}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint["lit_llm"]["selected"]
+        self._selected_in = tuple(kept["languages"])
+        self._selected = {layer: [selected_FLm] for layer, selected_FLm in kept["layers"].items()}
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "settings": repr(self.settings)}

@@ -1,0 +1,159 @@
+"""`edit`, `ask` and `undo` as a user calls them, on a tiny model."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lit_llm.cli import main
+from lit_llm.editing.deltas import EditSet
+from lit_llm.methods.edited_model import EditedModel
+from lit_llm.models.language_model import ModelSpec
+from tests.tiny import tiny_model_folder
+
+FACT = {
+    "subject": {"en": "Oslo", "de": "Oslo"},
+    "prompt": {"en": "Oslo is in", "de": "Oslo liegt in"},
+    "target": {"en": "the", "de": "the"},
+}
+QUICK = ["--layers", "[1,2]", "--optimising.steps", "30", "--optimising.learning_rate", "0.5"]
+QUICK += ["--optimising.clamp", "50", "--optimising.kl_weight", "0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model_folder(tmp_path_factory.mktemp("model"), layers=4, seed=1, initializer_range=0.15)
+
+
+def call(command: str, model, edits, *options: str) -> None:
+    main([command, "--model", str(model), "--edits", str(edits), *options])
+
+
+def fact(**changes) -> list[str]:
+    given = {name: {**by_language, **changes.get(name, {})} for name, by_language in FACT.items()}
+    return [
+        part
+        for name, by_language in given.items()
+        for code, text in by_language.items()
+        if text is not None
+        for part in (f"--{name}.{code}", text)
+    ]
+
+
+@pytest.fixture
+def edits(model, tmp_path):
+    path = tmp_path / "edits.safetensors"
+    call("edit", model, path, *fact(), "--relation", "land", *QUICK)
+    return path
+
+
+def logits(model, kept=()) -> torch.Tensor:
+    loaded = ModelSpec(source=str(model)).load().eval()
+    edited = EditedModel(loaded)
+    ids = loaded.tokenizer("So Oslo is in", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), edited.under(kept):
+        return loaded.transformer(input_ids=ids).logits
+
+
+def asked(text: str) -> dict[str, str]:
+    """What `ask` prints of one question, by name; a random model also writes characters that break lines."""
+    found = re.search(r"  before: (.*)\n  after:  (.*)\n  edit:   (.*)\n", text, re.DOTALL)
+    return dict(zip(("before", "after", "edit"), found.groups(), strict=True))
+
+
+def test_a_fact_is_edited_in_both_languages_and_asked_side_by_side(model, edits, capsys):
+    call("ask", model, edits, "--prompt", '["Oslo is in","Rome is in"]')
+    about, unrelated = (asked(text) for text in capsys.readouterr().out.split("Rome is in\n"))
+    assert about["after"].startswith("the") and not about["before"].startswith("the") and about["edit"] == "oslo-land"
+    assert unrelated["before"] == unrelated["after"] and unrelated["edit"] == "none"
+
+
+def test_after_undo_logits_are_those_of_before_bit_for_bit(model, edits, capsys):
+    untouched, kept = logits(model), EditSet.load(edits)
+    assert not torch.equal(logits(model, kept), untouched)
+    call("undo", model, edits, "--id", "oslo-land")
+    assert len(EditSet.load(edits)) == 0
+    assert torch.equal(logits(model, EditSet.load(edits)), untouched)
+    assert "Took back oslo-land" in capsys.readouterr().err
+
+
+def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(model, edits, capsys):
+    rome = {"subject": {"en": "Rome", "de": "Rome"}, "prompt": {"en": "Rome is in", "de": "Rome liegt in"}}
+    call("edit", model, edits, *fact(**rome), *QUICK, "--id", "second")
+    capsys.readouterr()
+    call("undo", model, edits)
+    assert "oslo-land" in (listed := capsys.readouterr().out) and "Rome liegt in -> the" in listed
+    call("undo", model, edits, "--id", "oslo-land")
+    assert [edit.fact.id for edit in EditSet.load(edits)] == ["second"]
+    call("undo", model, edits, "--all", "true")
+    assert len(EditSet.load(edits)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"prompt": {"en": "Rome is in"}}, (), "with a subject that no prompt names"),
+        ({"target": {"de": ""}}, (), "no target in de"),
+        ({"target": {"de": None}}, (), "no target in de"),
+        ({"prompt": {"fr": "Oslo est en"}}, (), "no target in fr"),
+        ({"subject": {"cz": "Oslo"}}, (), "'cz' is not a language code"),
+        ({"target": {"en": "the dog or so"}}, ("--max_target_tokens", "1"), "a target of more than 1 tokens"),
+        ({}, ("--relation", "land"), "is edited already"),
+        ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
+        ({}, ("--locating.statistic", "mean"), None),
+    ],
+)
+def test_a_bad_request_gives_one_message_and_changes_nothing(model, edits, capsys, changes, options, message):
+    before = edits.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        call("edit", model, edits, *fact(**changes), *QUICK, *options)
+    error = capsys.readouterr().err
+    assert stop.value.code in (1, 2)
+    if message is not None:
+        assert message in error and error.count("lit_llm edit:") == 1 and "Traceback" not in error
+    assert edits.read_bytes() == before
+
+
+def test_an_unsupported_family_is_refused_in_words(tmp_path, capsys):
+    model = tiny_model_folder(tmp_path / "model", family="mixtral", num_local_experts=2)
+    with pytest.raises(SystemExit):
+        call("edit", model, tmp_path / "edits.safetensors", *fact(), *QUICK)
+    assert "mixture of experts" in capsys.readouterr().err
+    assert not (tmp_path / "edits.safetensors").exists()
+
+
+def test_edits_of_another_model_are_refused(edits, tmp_path, capsys):
+    other = tiny_model_folder(tmp_path / "other", layers=4, seed=2, initializer_range=0.15)
+    for command, options in {"ask": ["--prompt", '["Oslo is in"]'], "undo": ["--all", "true"], "edit": fact()}.items():
+        with pytest.raises(SystemExit):
+            call(command, other, edits, *options)
+        assert "Load the model that was edited" in capsys.readouterr().err
+
+
+def test_an_edit_is_replaced_where_that_is_asked_for(model, edits, capsys):
+    call("edit", model, edits, *fact(target={"en": "and"}), "--relation", "land", "--replace", "true", *QUICK)
+    said = capsys.readouterr().out
+    assert said.count("before:") == said.count("after:") == 2
+    kept = EditSet.load(edits)
+    assert len(kept) == 1 and next(iter(kept)).fact.targets["en"] == "and"
+    assert [edit.fact.targets["en"] for edit in kept.history] == ["the"]
+
+
+@pytest.mark.parametrize("command", ["edit", "ask", "undo"])
+def test_wrong_ids_and_files_are_named(model, edits, tmp_path, capsys, command):
+    options = {"ask": ["--prompt", '["Oslo"]'], "undo": ["--id", "nothing"], "edit": []}[command]
+    with pytest.raises(SystemExit):
+        call(command, model, edits if command != "ask" else tmp_path / "none", *options)
+    assert {"ask": "no file of edits", "undo": "no edit 'nothing'", "edit": "required"}[
+        command
+    ] in capsys.readouterr().err
+
+
+def test_help_names_the_commands_without_loading_anything_heavy():
+    code = "import sys; sys.argv=['x','--help']\nfrom lit_llm.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert not {'torch', 'transformers', 'lightning'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo"))

@@ -1,0 +1,176 @@
+"""Editing runs, as a user starts them: what should move and what should not, resume, undo, what a run leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_llm.editing.deltas import EditSet
+from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
+from lit_llm.models.language_model import ModelSpec
+from tests.tiny_edits import edit_config
+from tests.tiny_runs import fit, write_rows
+
+
+def edits_of(run) -> EditSet:
+    return EditSet.load(run.model.run_folder / EDITS_FILE)
+
+
+def assert_same_edits(ours: EditSet, theirs: EditSet) -> None:
+    (told, tensors), (their_told, their_tensors) = ours.state(), theirs.state()
+    assert json.loads(told)["base"] == json.loads(their_told)["base"]
+    assert tensors.keys() == their_tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(value, their_tensors[name]), name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, fit(edit_config(folder, crossed=["reliability"]))
+
+
+def test_every_fact_is_edited_and_the_model_is_not(run):
+    folder, cli = run
+    assert [edit.fact.id for edit in edits_of(cli)] and len(edits_of(cli)) == 8
+    before = load_file(folder / "model" / "model.safetensors")
+    after = cli.model.student.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(not p.requires_grad and p.grad is None for p in cli.model.student.parameters())
+    for edit in edits_of(cli).cached:
+        assert edit.layers == [1, 2]
+        assert all(values.abs().sum() > 0 for values in edit.values.values())
+
+
+def test_editing_makes_new_answers_likelier(run):
+    _, cli = run
+    folder = cli.model.run_folder
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    place = header.split(",").index("val/loss")
+    losses = [float(row.split(",")[place]) for row in rows if row.split(",")[place]]
+    assert len(losses) == 2 and losses[-1] < losses[0] - 0.5
+
+
+def test_a_run_leaves_its_edits_its_matrix_and_its_answers_but_no_model(run):
+    _, cli = run
+    folder = cli.model.run_folder
+    assert not (folder / "model").exists()
+    *_, line = [json.loads(text) for text in (folder / "edits.jsonl").read_text().splitlines()]
+    assert line["facts"] == 8 and line["seconds_per_fact"] > 0
+    matrix = line["matrices"]["reliability"]
+    assert matrix["rows"] == ["en", "de", "all"] and all(None not in row for row in matrix["values"])
+    assert set(line["scores"]) == {"reliability", "generality", "locality", "portability"}
+    assert {answer["kind"] for answer in line["answers"]} == set(line["scores"])
+    assert set(line["overlap"]["layers"]) == {"1", "2"}
+    page = (folder / "report.html").read_text()
+    for words in ("Reliability by language", "Neurons that two languages select, layer 1", "answers before and after"):
+        assert words in page
+    assert "seconds per fact" in page
+
+
+def test_checkpoints_hold_edits_and_nothing_of_the_model(run):
+    _, cli = run
+    checkpoint = torch.load(cli.model.run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert set(checkpoint["state_dict"]) == {"written"}
+    assert set(checkpoint["lit_llm"]["edits"]) == {"all", "en", "de"}
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_was_stopped_goes_on_to_the_same_edits(tmp_path, run, step):
+    config = edit_config(tmp_path, crossed=["reliability"])
+    with pytest.raises(RuntimeError, match="died on purpose"):
+        fit(config, "--trainer.callbacks+=tests.tiny_runs.DieAt", f"--trainer.callbacks.step={step}")
+    resumed = fit(config, "--ckpt_path", "last")
+    assert_same_edits(edits_of(resumed), edits_of(run[1]))
+    for language in ("en", "de"):
+        assert_same_edits(resumed.model.alone[language], run[1].model.alone[language])
+
+
+def test_validate_and_test_of_a_checkpoint_give_what_the_run_gave(run):
+    folder, cli = run
+    config = str(folder / "neuronedit.yaml")
+    for command, stage in (("validate", "val"), ("test", "test")):
+        from lit_llm.training_cli import TrainingCLI
+
+        again = TrainingCLI.run([command, "--config", config, "--ckpt_path", "last"])
+        metrics = again.trainer.callback_metrics
+        assert metrics[f"{stage}/loss"].item() == pytest.approx(
+            cli.trainer.callback_metrics["val/loss"].item(), abs=1e-4
+        )
+        for kind in ("reliability", "locality"):
+            assert metrics[f"{stage}/{kind}_tokens"] == pytest.approx(
+                cli.trainer.callback_metrics[f"val/{kind}_tokens"]
+            )
+
+
+def test_undoing_one_or_all_edits_brings_back_logits_bit_for_bit(run):
+    folder, cli = run
+    model = ModelSpec(source=str(folder / "model")).load().eval()
+    ids = model.tokenizer("So Oslo is in", return_tensors="pt")["input_ids"]
+
+    def logits(edited, edits) -> torch.Tensor:
+        with torch.no_grad(), edited.under(edits):
+            return edited.model.transformer(input_ids=ids).logits
+
+    untouched = model.transformer(input_ids=ids).logits.detach()
+    edited, edits = EditedModel(model), edits_of(cli)
+    assert not torch.equal(logits(edited, edits), untouched)
+    edits.remove("town-0")
+    assert torch.equal(logits(edited, edits), untouched)
+    edits.remove()
+    assert len(edits) == 0 and torch.equal(logits(edited, edits), untouched)
+
+
+def test_random_neurons_and_a_single_language_are_controls(tmp_path, run):
+    drawn = fit(edit_config(tmp_path / "random", neurons="random"))
+    ours = {edit.fact.id: edit for edit in edits_of(run[1]).cached}
+    for edit in edits_of(drawn).cached:
+        other = ours[edit.fact.id]
+        assert [len(edit.neurons[layer]) for layer in (1, 2)] == [len(other.neurons[layer]) for layer in (1, 2)]
+    assert drawn.model.words == "random neurons"
+    single = fit(edit_config(tmp_path / "single", edited_in=["de"], trigger={"scope": "subject"}, data={"limit": 4}))
+    assert all(list(edit.fact.targets) == ["de"] for edit in edits_of(single))
+    assert {"val/reliability_en", "val/reliability_de"} <= single.trainer.callback_metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"edited_in": ["fr"]}, "edited_in names fr"),
+        ({"edited_in": ["de"], "crossed": ["reliability"]}, "Keep one"),
+        ({"layers": [2, 1]}, "must ascend"),
+        ({"generation": {"temperatures": [1.0]}}, "compared greedily"),
+        ({"locating": {"contrast": True, "votes": 2}}, "locating.votes"),
+        ({"student": {"source": "model", "lora": {"rank": 2}}}, "student.lora is set"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path, settings, message, capsys):
+    data = {"languages": ["en", "de"]}
+    with pytest.raises((ValueError, SystemExit)) as stop:
+        fit(edit_config(tmp_path, **{"data": data, **settings}))
+    assert message in str(stop.value) + capsys.readouterr().err
+
+
+def test_other_data_and_more_epochs_are_refused(tmp_path):
+    config = edit_config(tmp_path)
+    with pytest.raises(ValueError, match="a fact is edited once"):
+        fit(config, "--trainer.max_epochs=2")
+    with pytest.raises(ValueError, match="learns from facts to edit"):
+        rows = write_rows(tmp_path / "rows.jsonl", 4)
+        fit(config, "--data=Instructions", f"--data.train={rows}", "--data.template=plain")
+
+
+def test_a_fact_that_is_edited_already_is_refused_or_replaced(tmp_path):
+    config = edit_config(tmp_path, data={"batch_size": 1})
+    rows = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()[:2]]
+    rows[1] |= {"by_lang": {code: {**entry, "target_new": "the"} for code, entry in rows[0]["by_lang"].items()}}
+    for entry in rows[1]["by_lang"].values():
+        entry["prompt"] = f"Well, {entry['prompt']}"
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="is edited already"):
+        fit(config)
+    replaced = edits_of(fit(config, "--model.replace=true"))
+    assert len(replaced) == 1 and len(replaced.history) == 1

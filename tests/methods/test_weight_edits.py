@@ -1,0 +1,95 @@
+"""The baselines that change weights: they run like every method, leave a model, and are undone bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lit_llm.editing.deltas import EditSet
+from lit_llm.methods.edited_model import EDITS_FILE
+from tests.methods.test_neuron_edit import assert_same_edits, edits_of
+from tests.tiny_edits import edit_config
+from tests.tiny_languages import write_corpora
+from tests.tiny_runs import fit
+
+VALUES = {"evaluations": 6}
+SETTINGS = {
+    "FineTunedEdit": {"layer": 1, "fine_tuning": {"epochs": 4, "learning_rate": 0.01}},
+    "ROME": {"layer": 1, "values": VALUES, "contexts": 2},
+    "MEMIT": {"layers": [0, 1], "values": VALUES, "contexts": 2, "covariance_weight": 1.0},
+    "AlphaEdit": {"layers": [0, 1], "values": VALUES, "contexts": 2, "threshold": None, "fraction": 0.5, "ridge": 0.1},
+}
+
+
+def config_of(folder, method: str, **more):
+    settings = dict(SETTINGS[method])
+    if method in ("MEMIT", "AlphaEdit"):
+        sources = {code: path for code, path in write_corpora(folder / "text").items() if code != "tr"}
+        settings["text"] = {"sources": sources, "tokens": 1000}
+    return edit_config(folder, method, **settings, **more)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_weights_are_edited_where_it_is_said_and_nowhere_else(tmp_path, method):
+    cli = fit(config_of(tmp_path, method, data={"limit": 4}))
+    base = load_file(tmp_path / "model" / "model.safetensors")
+    live = cli.model.student.model.state_dict()
+    assert all(torch.equal(live[name], value) for name, value in base.items())  # edits act in blocks of `under` alone
+    exported = AutoModelForCausalLM.from_pretrained(cli.model.run_folder / "model").state_dict()
+    layers = {"FineTunedEdit": [1], "ROME": [1]}.get(method, [0, 1])
+    moved = {name for name, value in base.items() if not torch.equal(exported[name], value)}
+    assert moved == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers}
+
+    edits = edits_of(cli)
+    assert len(edits) == 4 and all(edit.method == method for edit in edits.of_weights)
+    with cli.model.model.under(edits):
+        now = cli.model.student.model.state_dict()
+        assert all(torch.equal(now[name], exported[name]) for name in moved)
+    edits.remove()
+    with cli.model.model.under(edits):
+        assert all(torch.equal(live[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_new_answers_become_likelier_and_the_matrix_is_filled(tmp_path, method):
+    cli = fit(config_of(tmp_path, method, crossed=["reliability"], data={"limit": 4}), "--trainer.val_check_interval=2")
+    lines = [json.loads(line) for line in (cli.model.run_folder / "edits.jsonl").read_text().splitlines()]
+    values = lines[-1]["matrices"]["reliability"]["values"]
+    assert len(values) == 3 and all(value is not None for row in values for value in row)
+    header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
+    losses = [float(x) for row in rows if (x := row.split(",")[header.split(",").index("val/loss")])]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_run_that_was_stopped_goes_on_to_the_same_edits(tmp_path, method):
+    unbroken = fit(config_of(tmp_path / "unbroken", method, data={"limit": 6}))
+    config = config_of(tmp_path / "broken", method, data={"limit": 6})
+    with pytest.raises(RuntimeError, match="died on purpose"):
+        fit(config, "--trainer.callbacks+=tests.tiny_runs.DieAt", "--trainer.callbacks.step=2")
+    resumed = fit(config, "--ckpt_path", "last")
+    assert_same_edits(edits_of(resumed), edits_of(unbroken))
+
+
+def test_several_layers_are_refused_where_a_norm_follows_the_mlp(tmp_path):
+    config = config_of(tmp_path, "MEMIT")
+    with pytest.raises(ValueError, match="has a norm after its MLP"):
+        fit(edit_config(tmp_path, "MEMIT", family="gemma3_text", layers=[0, 1], **_text_of(config)))
+
+
+def test_the_file_of_edits_names_its_base(tmp_path):
+    cli = fit(config_of(tmp_path, "ROME", data={"limit": 2}))
+    file = cli.model.run_folder / EDITS_FILE
+    assert EditSet.load(file, base=cli.model.model.digest).of_weights
+    with pytest.raises(ValueError, match="Load the model that was edited"):
+        EditSet.load(file, base="another")
+
+
+def _text_of(config) -> dict:
+    import yaml
+
+    return {"text": yaml.safe_load(config.read_text())["model"]["init_args"]["text"]}
