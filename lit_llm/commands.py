@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 
 def generate(options: list[str]) -> None:
     """Parse the options of `generate` and run it."""
     from jsonargparse import auto_cli
 
-    auto_cli(talk, args=options, as_positional=False, prog="python -m lit_llm generate", description=talk.__doc__)
+    auto_cli(talk, args=options, **_parser("generate", talk), as_positional=False)
 
 
 def respond(options: list[str]) -> None:
@@ -24,8 +24,7 @@ def respond(options: list[str]) -> None:
         answer_data_set,
         args=options,
         as_positional=False,
-        prog="python -m lit_llm respond",
-        description=answer_data_set.__doc__,
+        **_parser("respond", answer_data_set),
     )
 
 
@@ -38,7 +37,7 @@ def judge(options: list[str]) -> None:
     from lit_llm.judging import judge_answers
 
     about = getdoc(judge_answers).split("\n\nArgs:")[0]
-    parser = ArgumentParser(prog="python -m lit_llm judge", description=about)
+    parser = ArgumentParser(prog="python -m lit_llm judge", description=about, exit_on_error=False)
     parser.add_function_arguments(judge_answers, as_group=False, skip={"answers", "against", "seeds"})
     parser.add_argument(
         "--answers", nargs="+", required=True, metavar="NAME=MODEL", help="the models that answer, each with a name"
@@ -56,7 +55,7 @@ def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
     from jsonargparse import auto_cli
 
-    auto_cli(rebuild_report, args=options, prog="python -m lit_llm report", description=rebuild_report.__doc__)
+    auto_cli(rebuild_report, args=options, **_parser("report", rebuild_report))
 
 
 def talk(
@@ -116,6 +115,11 @@ def rebuild_report(run: str) -> None:
     if not Path(run).is_dir():
         raise FileNotFoundError(f"No run folder at {run}.")
     sys.stdout.write(f"{write_report(Path(run))}\n")
+
+
+def _parser(command: str, function) -> dict[str, Any]:
+    """Settings of a command's parser; its errors are told by `lit_llm.cli`."""
+    return {"prog": f"python -m lit_llm {command}", "description": function.__doc__, "exit_on_error": False}
 
 
 def _lines_from_terminal():

@@ -146,7 +146,16 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         ours = ("export", "plan", "cache_teacher")
-        return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in ours}}
+        known = {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in ours}}
+        # each takes time to build; stages are resolved as `fit`
+        return {command: known[command] for command in dict.fromkeys((sys.argv[1], "fit"))}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Errors of parsing are raised, for `lit_llm.cli` to tell them in its own way."""
+        return super().init_parser(**{**kwargs, "exit_on_error": False})
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing of a config stands in our checkpoints, and reading one here would come before it is checked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")
