@@ -35,6 +35,7 @@ from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
 from lit_llm.stages import MACHINE, Stage, Stages, referred
+from lit_llm.trainer_settings import check_settings
 
 # `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -174,11 +175,7 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.trainer.use_distributed_sampler:
-            raise ValueError(
-                "trainer.use_distributed_sampler is true, but the DataModules divide the data among ranks themselves "
-                "(they must know the tokens of a whole optimizer step). Leave it at false."
-            )
+        check_settings(config.trainer, config.checkpoint)
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
         self._use_stages(config)

@@ -63,6 +63,11 @@ class ModelSpec:
     trim_head: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("source", "tokenizer"):
+            if getattr(self, name) == "None":  # what jsonargparse makes of `--model.init_args.student.NAME=null`
+                setattr(self, name, None)
+            elif getattr(self, name) == "":
+                raise ValueError(f"`{name}` is empty. Name a hub id, a folder or package:NAME.")
         if (self.source is None) == (self.config is None):
             raise ValueError(
                 f"A model needs either `source` (a hub id, folder or package) or `config` (a random start), "
