@@ -24,7 +24,18 @@ _UNKNOWN = (
     re.compile(r"^No action for key \"(?P<key>[^\"]+)\""),
 )
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>.*)$")
-_TOP = ("seed_everything", "model", "data", "trainer", "checkpoint", "run", "stages", "vars", "compile_loss", "ckpt_path")
+_TOP = (
+    "seed_everything",
+    "model",
+    "data",
+    "trainer",
+    "checkpoint",
+    "run",
+    "stages",
+    "vars",
+    "compile_loss",
+    "ckpt_path",
+)
 
 
 def readable(error: Exception, command: str) -> str:
@@ -110,7 +121,9 @@ def _reduced(text: str, place: _Place) -> _Found:
         last = [part for part in re.split(r"(?m)^- ", text.strip("\n")) if part][-1]
         return _reduced(textwrap.dedent(f"  {last}"), place)
     if match := re.match(r"^Not a valid subclass of (?P<kind>\w+)\. Got value: (?P<value>.*)$", first):
-        return _Found(f"{place.name} must be the settings of a {match['kind']}, but it is {_shown(match['value'])}.", place)
+        return _Found(
+            f"{place.name} must be the settings of a {match['kind']}, but it is {_shown(match['value'])}.", place
+        )
     if match := _NO_CLASS.match(first):
         return _Found(_no_class(match["name"], place), place)
     for pattern in _UNKNOWN:

@@ -14,7 +14,10 @@ _AT_LEAST = {  # (section, name) -> least value, and what turns it off or on
     ("trainer", "num_nodes"): (1, "Leave it out for one machine"),
     ("trainer", "gradient_clip_val"): (0, "0 turns clipping off"),
     ("trainer", "log_every_n_steps"): (0, "Leave it out to log every step"),
-    ("trainer", "check_val_every_n_epoch"): (1, "Set null to count micro-batches in trainer.val_check_interval instead"),
+    ("trainer", "check_val_every_n_epoch"): (
+        1,
+        "Set null to count micro-batches in trainer.val_check_interval instead",
+    ),
     ("trainer", "limit_train_batches"): (0, "Leave it out for all"),
     ("trainer", "limit_val_batches"): (0, "0 turns validation off"),
     ("trainer", "limit_test_batches"): (0, "Leave it out for all"),

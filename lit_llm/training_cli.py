@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -25,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
-from lit_llm.checkpoint_io import stream_checkpoints
+from lit_llm.checkpoint_io import read_checkpoint, stream_checkpoints
 from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.labelled_answers import LabelledAnswers  # noqa: F401  makes the short name known
@@ -35,6 +34,7 @@ from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
 from lit_llm.stages import MACHINE, Stage, Stages, referred
+from lit_llm.storage import check_inside, check_name, check_writable
 from lit_llm.trainer_settings import check_settings
 
 # `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
@@ -69,7 +69,7 @@ class LitTrainer(Trainer):
         if Path(to).exists():
             raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
         model.configure_model()
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(ckpt_path))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.student.save(Path(to))
@@ -189,7 +189,7 @@ class TrainingCLI(LightningCLI):
             stages = Stages(
                 {name: stage if isinstance(stage, Stage) else Stage(**stage) for name, stage in config.stages.items()},
                 folder=Path(config.run.root) / config.run.name / "stages",
-                beside=[Path(str(file)).parent for file in config.get("config") or []],
+                files=[Path(str(file)) for file in config.get("config") or []],
                 resolve=self._resolved,
                 inherited={f"trainer.{key}": config.trainer[key] for key in MACHINE},
             )
@@ -204,7 +204,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if path := self.config[self.subcommand].get("ckpt_path"):  # tensors stay on the disk
-            self.model.use_plan_of(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            self.model.use_plan_of(read_checkpoint(Path(path)))
         if self.config[self.subcommand].compile_loss and not self.model.compiles_loss:
             raise ValueError(
                 f"compile_loss is true, but no part of {type(self.model).__name__}'s loss is compiled. Leave compile_loss out."
@@ -234,12 +234,17 @@ class TrainingCLI(LightningCLI):
         """Fill in name and version; find the checkpoint that `last` means; refuse to write over another run."""
         run = config.run
         run.name = run.name or _config_name(config) or "run"
+        for name in ("name", "version"):
+            check_name(f"run.{name}", getattr(run, name))
+        check_inside("checkpoint.filename", config.checkpoint.filename)
         runs = Path(run.root) / run.name
         if config.get("ckpt_path") == "last":
             folder = _newest_run(runs, run.version)
             config.ckpt_path, run.version = str(folder / "checkpoints" / "last.ckpt"), folder.name
         if config.get("ckpt_path"):
             _check_checkpoint(Path(config.ckpt_path))
+        if self.subcommand == "fit":
+            check_writable(runs, "run.root")
         if run.version is None:
             run.version = f"version_{_next_version(runs)}"
         elif self.subcommand == "fit" and not config.get("ckpt_path") and (runs / run.version).exists():
@@ -316,11 +321,7 @@ def _newest_run(runs: Path, version: str | None) -> Path:
 def _check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path {path}: no such file. `last` finds the newest checkpoint of the run.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"
-            f"  Take another file of {path.parent}, or start anew."
-        )
+    read_checkpoint(path)
 
 
 def _next_version(runs: Path) -> int:

@@ -132,7 +132,19 @@ class StoredPart:
 
     def _found(self) -> dict[str, Any] | None:
         manifest = self.folder / "manifest.json"
-        return json.loads(manifest.read_text()) if manifest.is_file() else None
+        if not manifest.is_file():
+            return None
+        try:
+            found = json.loads(manifest.read_text())
+            if isinstance(found["binding"], dict) and isinstance(found["shard_rows"], int):
+                return found
+            why = "it lacks what a manifest says"
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{manifest} is no manifest of a teacher store ({why}).\n  Delete the folder {self.folder}; the next run writes it "
+            f"anew. Or name another model.teacher_store.folder."
+        )
 
     def _file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"

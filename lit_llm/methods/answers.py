@@ -53,11 +53,20 @@ class Generation:
     def __post_init__(self) -> None:
         for name in ("temperatures", "seeds"):
             if not getattr(self, name):
-                raise ValueError(f"generation.{name} is empty. Name at least one; generation.prompts: 0 turns answers off.")
+                raise ValueError(
+                    f"generation.{name} is empty. Name at least one; generation.prompts: 0 turns answers off."
+                )
         for name, least in {"prompts": 0, "test_prompts": 0, "batch_size": 1, "shown": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"generation.{name} is {value}; it must be at least {least}.")
+        if not any(self.temperatures):
+            for name, idle in {"top_p": 1.0, "top_k": 0, "seeds": [10]}.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"generation.{name} is {getattr(self, name)}, but generation.temperatures is {self.temperatures}, so "
+                        f"all answers are greedy and nothing is sampled. Add a temperature above 0, or leave it out."
+                    )
         for temperature in self.temperatures:
             check_sampling(
                 "generation",

@@ -79,6 +79,11 @@ class Optimization:
         for name, (fits, range_) in ranges.items():
             if not fits:
                 raise ValueError(f"optimization.{name} is {getattr(self, name)}; it must be {range_}.")
+        if self.schedule == "constant" and self.final_lr != type(self).final_lr:
+            raise ValueError(
+                f"optimization.final_lr is {self.final_lr}, but optimization.schedule is 'constant', which does not move towards "
+                f"it. Leave it out, or set schedule: linear or cosine."
+            )
         if self.final_lr > self.lr:
             raise ValueError(
                 f"optimization.final_lr ({self.final_lr}) is above optimization.lr ({self.lr}). Lower the first."

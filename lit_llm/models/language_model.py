@@ -46,6 +46,8 @@ class ModelSpec:
         quantization: keep the body's frozen weights in 4 bits (`nf4`, as in QLoRA) or 8 (`int8`), by bitsandbytes; the
             head is left as it is. For a frozen teacher, or for a student with `lora`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        pickled_weights: read weights that are pickles (`pytorch_model.bin`) where a source has no safetensors. Only for
+            sources that you trust: a pickle can run code.
         trim_head: losses and generation leave out the rows of the head beyond the tokenizer's highest id, which pad many
             published heads (152,064 rows for 151,665 ids), to different lengths for models of one tokenizer. The
             weights keep their shape; the rows get no gradient.
@@ -61,6 +63,7 @@ class ModelSpec:
     quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     trim_head: bool = True
+    pickled_weights: bool = False
 
     def __post_init__(self) -> None:
         for name in ("source", "tokenizer"):
@@ -83,6 +86,10 @@ class ModelSpec:
             raise ValueError(
                 f"`quantization` ({self.quantization}) is for the weights of a `source`, but `config` is a random start. "
                 f"Leave it out."
+            )
+        if self.config is not None and self.pickled_weights:
+            raise ValueError(
+                "`pickled_weights` is for the weights of a `source`, but `config` is a random start. Leave it out."
             )
         if self.keep_layers is not None and len(self.keep_layers) == 0:
             raise ValueError("`keep_layers` is empty. Name at least one layer, or leave it out.")
@@ -123,7 +130,7 @@ class ModelSpec:
         if (folder := adapter_folder(self.source)) is not None:
             return with_merged_adapters(folder, self)
         settings = None if kind is None else quantization.quantization_config(kind, dtype)
-        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
+        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings, self.pickled_weights)
         if kind is not None:
             quantization.settle(model, self.source)
         if self.tokenizer not in (None, self.source):
@@ -134,6 +141,29 @@ class ModelSpec:
         """What is trained as it would be without quantisation: another copy of the source, with adapters."""
         model = self._transformer(tokenizer, None)
         return model if self.lora is None else with_adapters(model, self.lora)
+
+
+def check_frozen(role: str, spec: ModelSpec | None) -> None:
+    """See that nothing is set of a frozen model that only a trained one could use.
+
+    Args:
+        role: its name in the config.
+        spec: of the model; None is fine.
+
+    Raises:
+        ValueError: adapters, or recomputed activations.
+    """
+    if spec is None:
+        return
+    if spec.lora is not None:
+        raise ValueError(
+            f"model.{role}.lora is set, but the model is frozen and its adapters would start at random. Leave it out: name "
+            f"the folder `model/` or `adapters/` that a run with adapters left."
+        )
+    if spec.gradient_checkpointing:
+        raise ValueError(
+            f"model.{role}.gradient_checkpointing is true, but the model is frozen and has no backward pass. Leave it out."
+        )
 
 
 class LanguageModel(nn.Module):
