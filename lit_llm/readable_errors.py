@@ -23,6 +23,8 @@ _UNKNOWN = (
     re.compile(r"^Key '(?P<key>[^']+)' is not expected"),
     re.compile(r"^No action for key \"(?P<key>[^\"]+)\""),
 )
+_REQUIRED = re.compile(r"^the following arguments are required: (?P<names>.*)$")
+_GROUP = re.compile(r"^(Subcommand|Group) '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>.*)$")
 _TOP = (
     "seed_everything",
@@ -46,6 +48,9 @@ def readable(error: Exception, command: str) -> str:
         command: that was called; names where its settings are listed.
     """
     text = str(error).strip() or type(error).__name__
+    if match := _REQUIRED.match(text):
+        names = ", ".join(f"--{name.removeprefix(f'{command}.')}" for name in match["names"].split(", "))
+        return f"Not given: {names}.\n  python -m lit_llm {command} --help says what it is."
     if not _is_of_jsonargparse(text):
         return text
     found = _reduced(text, _Place())
@@ -104,7 +109,7 @@ class _Found:
 
 def _is_of_jsonargparse(text: str) -> bool:
     begins = (_UNION, 'Parser key "', "Problem with given class_path", "Expected a")
-    return text.startswith(begins) or any(pattern.match(text) for pattern in _UNKNOWN)
+    return text.startswith(begins) or any(pattern.match(text) for pattern in (*_UNKNOWN, _GROUP))
 
 
 def _reduced(text: str, place: _Place) -> _Found:
@@ -126,6 +131,8 @@ def _reduced(text: str, place: _Place) -> _Found:
         )
     if match := _NO_CLASS.match(first):
         return _Found(_no_class(match["name"], place), place)
+    if match := _GROUP.match(first):
+        return _unknown(match["key"], place.at(match["group"]) if first.startswith("Group") else place)
     for pattern in _UNKNOWN:
         if match := pattern.match(first):
             return _unknown(match["key"], place)
@@ -156,6 +163,8 @@ def _branches(rest: str) -> tuple[list[str], str]:
 
 def _unknown(key: str, place: _Place) -> _Found:
     *parents, name = key.lstrip("-").partition("=")[0].split(".")
+    if parents and not place.keys and parents[0] not in _TOP:
+        parents, name = [], parents[0]
     if parents:
         place = place.at(".".join(parents))
     known = place.names()

@@ -25,6 +25,7 @@ from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.checkpoint_io import read_checkpoint, stream_checkpoints
+from lit_llm.config_files import check_config_files
 from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.labelled_answers import LabelledAnswers  # noqa: F401  makes the short name known
@@ -128,6 +129,7 @@ class TrainingCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> TrainingCLI:
         """Parse and run one command; `args` begins with the command."""
+        check_config_files(args)
         sys.argv = [sys.argv[0], *args]
         return cls(
             Method,

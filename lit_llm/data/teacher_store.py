@@ -61,6 +61,8 @@ class TeacherStore:
     shard_rows: int = 32768
 
     def __post_init__(self) -> None:
+        if Path(self.folder).exists() and not Path(self.folder).is_dir():
+            raise ValueError(f"teacher_store.folder is {self.folder!r}, which is a file. Name a folder.")
         for name in ("top_k", "batch_size", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -60,13 +60,6 @@ class Generation:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"generation.{name} is {value}; it must be at least {least}.")
-        if not any(self.temperatures):
-            for name, idle in {"top_p": 1.0, "top_k": 0, "seeds": [10]}.items():
-                if getattr(self, name) != idle:
-                    raise ValueError(
-                        f"generation.{name} is {getattr(self, name)}, but generation.temperatures is {self.temperatures}, so "
-                        f"all answers are greedy and nothing is sampled. Add a temperature above 0, or leave it out."
-                    )
         for temperature in self.temperatures:
             check_sampling(
                 "generation",
@@ -76,6 +69,13 @@ class Generation:
                 top_k=self.top_k,
                 no_repeat_ngram_size=self.no_repeat_ngram_size,
             )
+        if not any(self.temperatures):
+            for name, idle in {"top_p": 1.0, "top_k": 0, "seeds": [10]}.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"generation.{name} is {getattr(self, name)}, but generation.temperatures is {self.temperatures}, so "
+                        f"all answers are greedy and nothing is sampled. Add a temperature above 0, or leave it out."
+                    )
 
 
 class Answering(L.LightningModule):

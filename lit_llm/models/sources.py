@@ -18,6 +18,7 @@ from torch import nn
 from lit_llm.models.packages import package_folder
 
 _HUB_SECONDS = 5  # within which the hub must answer
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _OLD_FIELDS = {
     "rope_theta",
     "rope_scaling",
@@ -59,6 +60,11 @@ def load_tokenizer(source: str):
     # tokenizer.json is of another kind; the file itself is right
     if Path(place).is_dir():
         whole = (Path(place) / "tokenizer.json").is_file()
+        if not whole and not any((Path(place) / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"The folder {place} holds no tokenizer (no tokenizer.json). Save it there (save_pretrained), or name another "
+                f"with `tokenizer`."
+            )
     else:
         whole = _load(cached_file, place, "tokenizer", "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     loader, safely = (PreTrainedTokenizerFast, {}) if whole else (AutoTokenizer, {"trust_remote_code": False})
@@ -243,12 +249,9 @@ def cut(model: nn.Module, keep_layers: list[int], source: str) -> nn.Module:
 
 def _load(load, place: str, what: str, *arguments, **settings):
     """Call a loader of transformers, with its many kinds of errors in words."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         return load(place, *arguments, **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # tokenizers raises no other kind, and a stranger's files may end in any
         where = (
             f"The folder {place} holds no readable" if Path(place).is_dir() else f"The hub gave no readable {place!r}:"
         )

@@ -164,9 +164,8 @@ def broken_models(folder: Path, bad: Path) -> None:
     (outside / "model.safetensors.index.json").write_text(json.dumps(index))
     no_end = copy("no_end") / "tokenizer_config.json"
     no_end.write_text(json.dumps({k: v for k, v in json.loads(no_end.read_text()).items() if k != "eos_token"}))
-    adapters = bad / "adapters"
-    adapters.mkdir()
-    (adapters / "adapter_config.json").write_text("{}")
+    (copy("adapters", leave_out=("config.json", "*.safetensors")) / "adapter_config.json").write_text("{}")
+    tiny_model_folder(bad / "small_head", family="gpt2", hidden_size=16, vocab_size=300)
     (bad / "a_file").write_text("no folder")
 
 
@@ -183,5 +182,5 @@ def broken_runs(folder: Path, bad: Path) -> None:
     for name in ("no_manifest", "cut_shard"):
         shutil.copytree(folder / "store", bad / name)
     (bad / "no_manifest" / "train" / "manifest.json").write_text('{"binding": ')
-    shard = next((bad / "cut_shard" / "train").glob("shard-*"))
-    shard.write_bytes(shard.read_bytes()[:-200])
+    for shard in (bad / "cut_shard" / "train").glob("shard-*"):
+        shard.write_bytes(shard.read_bytes()[:-200])
