@@ -93,7 +93,8 @@ def _is_of_the_call(error: Exception) -> bool:
     """Whether the user can mend it; anything else is a fault of ours and shows where."""
     if isinstance(error, (ValueError, OSError, ArgumentError)):
         return True
-    return type(error).__name__ == "MisconfigurationException"  # Lightning's, which is not imported for this
+    kind = type(error)  # told by name: neither Lightning nor omegaconf is imported for this
+    return kind.__name__ == "MisconfigurationException" or kind.__module__.startswith("omegaconf.")
 
 
 def _help() -> str:

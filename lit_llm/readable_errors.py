@@ -11,6 +11,7 @@ import inspect
 import re
 import textwrap
 import typing
+from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pydoc import locate
 
@@ -24,6 +25,7 @@ _UNKNOWN = (
     re.compile(r"^No action for key \"(?P<key>[^\"]+)\""),
 )
 _REQUIRED = re.compile(r"^the following arguments are required: (?P<names>.*)$")
+_INTERPOLATION = re.compile(r"Interpolation key '(?P<key>[^']+)' not found[^\n]*(\n\s*full_key: (?P<at>\S+))?")
 _GROUP = re.compile(r"^(Subcommand|Group) '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'")
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>.*)$")
 _TOP = (
@@ -51,10 +53,19 @@ def readable(error: Exception, command: str) -> str:
     if match := _REQUIRED.match(text):
         names = ", ".join(f"--{name.removeprefix(f'{command}.')}" for name in match["names"].split(", "))
         return f"Not given: {names}.\n  python -m lit_llm {command} --help says what it is."
-    if not _is_of_jsonargparse(text):
+    if match := _INTERPOLATION.search(text):
+        where = f"{match['at'].removeprefix(f'{command}.')} refers to" if match["at"] else "The config refers to"
+        name = match["key"].lstrip(".").removeprefix(f"{command}.")
+        return f"{where} ${{{name}}}, which no config has.\n  Write it there, or correct the name."
+    if type(error).__module__.startswith("omegaconf."):
+        first, _, rest = text.partition("\n")
+        at = re.search(r"full_key: (\S+)", rest)
+        return f"{at[1].removeprefix(f'{command}.') if at else 'The config'}: {first}.\n  Correct what stands between ${{ and }}."
+    if not (_is_of_jsonargparse(text) or isinstance(error, ArgumentError)):
         return text
     found = _reduced(text, _Place())
-    return f"{found.text}\n  {found.place.way_out(command)}" if found.is_ours else found.text
+    of_parsing = found.is_ours or isinstance(error, ArgumentError)
+    return f"{found.text}\n  {found.place.way_out(command)}" if of_parsing else found.text
 
 
 @dataclass
@@ -125,10 +136,9 @@ def _reduced(text: str, place: _Place) -> _Found:
     if first.startswith("- "):  # what a file of that name, and then the value itself, was wrong for
         last = [part for part in re.split(r"(?m)^- ", text.strip("\n")) if part][-1]
         return _reduced(textwrap.dedent(f"  {last}"), place)
-    if match := re.match(r"^Not a valid subclass of (?P<kind>\w+)\. Got value: (?P<value>.*)$", first):
-        return _Found(
-            f"{place.name} must be the settings of a {match['kind']}, but it is {_shown(match['value'])}.", place
-        )
+    if match := re.match(r"^Not a valid subclass of (?P<kind>\w+)(\. Got value: (?P<value>.*))?$", first):
+        given = "" if match["value"] is None else f", but it is {_shown(match['value'])}"
+        return _Found(f"{place.name} must be the settings of a {match['kind']}{given}.", place)
     if match := _NO_CLASS.match(first):
         return _Found(_no_class(match["name"], place), place)
     if match := _GROUP.match(first):

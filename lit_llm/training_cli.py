@@ -25,7 +25,7 @@ from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.checkpoint_io import read_checkpoint, stream_checkpoints
-from lit_llm.config_files import check_config_files
+from lit_llm.config_files import check_config_files, check_nested
 from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.labelled_answers import LabelledAnswers  # noqa: F401  makes the short name known
@@ -175,8 +175,15 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}; a seed is a whole number from 0 to {2**32 - 1:,}.")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_nested(config)
         check_settings(config.trainer, config.checkpoint)
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)

@@ -90,7 +90,7 @@ def changed_configs(draw) -> dict:
     return config
 
 
-@settings(max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(config=changed_configs())
 def test_a_changed_config_is_refused_in_words_or_parses(config, elsewhere):
     file = elsewhere / "changed.yaml"
