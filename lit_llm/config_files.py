@@ -81,7 +81,10 @@ def check_nested(config: Any) -> None:
 
 
 def _check_fields(kind: Any, settings: Any, where: str) -> None:
-    hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    try:
+        hints = typing.get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    except NameError:  # a class of the user's own, with types that only a type checker imports
+        return
     for name, value in vars(settings).items():
         hint = hints.get(name)
         choices = typing.get_args(hint)
