@@ -63,7 +63,6 @@ def _check_mapping(columns: dict[str, str], required: tuple[str, ...]) -> None:
 
 
 def _read(source: str):
-    import datasets
 
     if source.startswith(tuple(_DEMO)):
         source = _demo_file(source)
