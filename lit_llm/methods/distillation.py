@@ -18,7 +18,8 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.methods.stored_teacher import StoredTeacher
-from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec, check_frozen
+from lit_llm.models.frozen import check_frozen
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 from lit_llm.models.shared_base import AdaptedBase, is_base
 from lit_llm.models.teacher_head import TeacherHead
 

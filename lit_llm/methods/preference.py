@@ -18,7 +18,8 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.reference_log_probs import ReferenceLogProbs
 from lit_llm.models.dropout import turn_off_dropout
-from lit_llm.models.language_model import LanguageModel, ModelSpec, check_frozen
+from lit_llm.models.frozen import check_frozen
+from lit_llm.models.language_model import LanguageModel, ModelSpec
 
 
 class PreferenceMethod(Method):

@@ -15,7 +15,8 @@ from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.methods.on_policy import OnPolicy, Rollouts
 from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
-from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec, check_frozen
+from lit_llm.models.frozen import check_frozen
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 from lit_llm.models.quantization import keep_base_out_of_checkpoints
 from lit_llm.models.shared_base import AdaptedBase, frozen_beside
 from lit_llm.models.teacher_head import TeacherHead

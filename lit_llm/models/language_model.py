@@ -88,9 +88,7 @@ class ModelSpec:
                 f"Leave it out."
             )
         if self.config is not None and self.pickled_weights:
-            raise ValueError(
-                "`pickled_weights` is for the weights of a `source`, but `config` is a random start. Leave it out."
-            )
+            raise ValueError("`pickled_weights` is for a `source`, but `config` is a random start. Leave it out.")
         if self.keep_layers is not None and len(self.keep_layers) == 0:
             raise ValueError("`keep_layers` is empty. Name at least one layer, or leave it out.")
 
@@ -141,29 +139,6 @@ class ModelSpec:
         """What is trained as it would be without quantisation: another copy of the source, with adapters."""
         model = self._transformer(tokenizer, None)
         return model if self.lora is None else with_adapters(model, self.lora)
-
-
-def check_frozen(role: str, spec: ModelSpec | None) -> None:
-    """See that nothing is set of a frozen model that only a trained one could use.
-
-    Args:
-        role: its name in the config.
-        spec: of the model; None is fine.
-
-    Raises:
-        ValueError: adapters, or recomputed activations.
-    """
-    if spec is None:
-        return
-    if spec.lora is not None:
-        raise ValueError(
-            f"model.{role}.lora is set, but the model is frozen and its adapters would start at random. Leave it out: name "
-            f"the folder `model/` or `adapters/` that a run with adapters left."
-        )
-    if spec.gradient_checkpointing:
-        raise ValueError(
-            f"model.{role}.gradient_checkpointing is true, but the model is frozen and has no backward pass. Leave it out."
-        )
 
 
 class LanguageModel(nn.Module):
