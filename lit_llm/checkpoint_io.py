@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,32 @@ class StreamedCheckpointIO(TorchCheckpointIO):
             return
         with complete_file(Path(path)) as partial:
             torch.save(checkpoint, partial)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, its tensors left on the disk; nothing in it is run.
+
+    Raises:
+        ValueError: cut off, damaged, or written by something else.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"
+            f"  Take another file of {path.parent}, or start anew."
+        )
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        said = str(error).split("\n")[0][:200]
+        raise ValueError(
+            f"--ckpt_path {path} cannot be read as a checkpoint: {said}\n  Take another file of {path.parent}, or start anew."
+        ) from error
+    if not isinstance(found, dict) or not {"lit_llm", "state_dict"} <= found.keys():
+        raise ValueError(
+            f"--ckpt_path {path}: the checkpoint was not written by lit_llm (it has no 'lit_llm' entry).\n  Name one from a "
+            f"run's checkpoints folder, or load other weights with model.student.source."
+        )
+    return found
 
 
 def stream_checkpoints(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import ArgumentError
 
 _COMMANDS = {
     "fit": ("train a model", "fit --config configs/dskd.yaml"),
@@ -92,11 +93,21 @@ def _run(given: list[str]) -> None:
             from lit_llm.training_cli import TrainingCLI
 
             TrainingCLI.run(given)
-    except (ValueError, OSError) as error:
-        if os.environ.get("LIT_LLM_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LIT_LLM_TRACEBACK") or not _is_of_the_call(error):
             raise
-        print(f"\nlit_llm {command}: {error}\n(LIT_LLM_TRACEBACK=1 shows where.)", file=sys.stderr)
-        raise SystemExit(1) from error
+        from lit_llm.readable_errors import readable
+
+        print(f"\nlit_llm {command}: {readable(error, command)}\n(LIT_LLM_TRACEBACK=1 shows where.)", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from error
+
+
+def _is_of_the_call(error: Exception) -> bool:
+    """Whether the user can mend it; anything else is a fault of ours and shows where."""
+    if isinstance(error, (ValueError, OSError, ArgumentError)):
+        return True
+    kind = type(error)  # told by name: neither Lightning nor omegaconf is imported for this
+    return kind.__name__ == "MisconfigurationException" or kind.__module__.startswith("omegaconf.")
 
 
 def _help() -> str:

@@ -9,24 +9,14 @@ from typing import Literal, Optional
 
 def generate(options: list[str]) -> None:
     """Parse the options of `generate` and run it."""
-    from jsonargparse import auto_cli
-
-    auto_cli(talk, args=options, as_positional=False, prog="python -m lit_llm generate", description=talk.__doc__)
+    _run(talk, "generate", options)
 
 
 def respond(options: list[str]) -> None:
     """Parse the options of `respond` and run it."""
-    from jsonargparse import auto_cli
-
     from lit_llm.responding import answer_data_set
 
-    auto_cli(
-        answer_data_set,
-        args=options,
-        as_positional=False,
-        prog="python -m lit_llm respond",
-        description=answer_data_set.__doc__,
-    )
+    _run(answer_data_set, "respond", options)
 
 
 def judge(options: list[str]) -> None:
@@ -38,7 +28,7 @@ def judge(options: list[str]) -> None:
     from lit_llm.judging import judge_answers
 
     about = getdoc(judge_answers).split("\n\nArgs:")[0]
-    parser = ArgumentParser(prog="python -m lit_llm judge", description=about)
+    parser = ArgumentParser(prog="python -m lit_llm judge", description=about, exit_on_error=False)
     parser.add_function_arguments(judge_answers, as_group=False, skip={"answers", "against", "seeds"})
     parser.add_argument(
         "--answers", nargs="+", required=True, metavar="NAME=MODEL", help="the models that answer, each with a name"
@@ -75,9 +65,7 @@ def undo(options: list[str]) -> None:
 
 def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
-    from jsonargparse import auto_cli
-
-    auto_cli(rebuild_report, args=options, prog="python -m lit_llm report", description=rebuild_report.__doc__)
+    _run(rebuild_report, "report", options, as_positional=True)
 
 
 def talk(
@@ -139,13 +127,15 @@ def rebuild_report(run: str) -> None:
     sys.stdout.write(f"{write_report(Path(run))}\n")
 
 
-def _run(function, command: str, options: list[str]) -> None:
+def _run(function, command: str, options: list[str], as_positional: bool = False) -> None:
+    """Call a function with options whose names are those of its arguments; errors are told by `lit_llm.cli`."""
     from inspect import getdoc
 
     from jsonargparse import auto_cli
 
     about = getdoc(function).split("\n\nArgs:")[0]
-    auto_cli(function, args=options, as_positional=False, prog=f"python -m lit_llm {command}", description=about)
+    parser = {"prog": f"python -m lit_llm {command}", "description": about, "exit_on_error": False}
+    auto_cli(function, args=options, as_positional=as_positional, **parser)
 
 
 def _lines_from_terminal():

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 import lit_llm
 from lit_llm.models.weights import content_digest
-from lit_llm.storage import write_atomically
+from lit_llm.storage import check_name, write_atomically
 
 MACHINE = ("accelerator", "devices", "num_nodes", "strategy")  # say where a stage runs, not what comes out
 PREFIX = "stage:"
@@ -54,7 +54,7 @@ class Stages:
     Args:
         stages: by name.
         folder: `ROOT/NAME/stages`.
-        beside: folders in which config files are looked for.
+        files: config files of the run; those of stages are looked for beside them.
         resolve: from the options of `fit` to the resolved config as a dictionary.
         inherited: options of `fit` that every stage gets from the run: on which machine.
     """
@@ -63,11 +63,11 @@ class Stages:
         self,
         stages: dict[str, Stage],
         folder: Path,
-        beside: list[Path],
+        files: list[Path],
         resolve: Callable[[list[str]], dict[str, Any]],
         inherited: dict[str, Any],
     ) -> None:
-        self.stages, self.folder, self.beside = stages, folder, [*beside, Path()]
+        self.stages, self.folder, self.files = stages, folder, files
         self.resolve, self.inherited = resolve, inherited
 
     def models(self, run_missing: bool) -> dict[str, str]:
@@ -78,12 +78,16 @@ class Stages:
 
         Raises:
             FileNotFoundError: a config file is missing, or a stage has not been run.
+            ValueError: a stage that would come before itself, or a name that is a path.
             ChildProcessError: a stage failed.
         """
         models: dict[str, str] = {}
         for number, (name, stage) in enumerate(self.stages.items(), start=1):
+            check_name("The name of a stage", name)
             options = self._options(name, stage, models)
-            folder = self.folder / name / fingerprint(self.resolve(options))[:12]
+            resolved = self.resolve(options)
+            self._check_ends(name, self._files(name, stage, self.files), resolved, [_places(self.files)])
+            folder = self.folder / name / fingerprint(resolved)[:12]
             title = f"Stage {name} ({number} of {len(self.stages)})"
             if (folder / "stage.json").is_file():
                 rank_zero_info(f"{title}: done before, {folder}")
@@ -99,18 +103,32 @@ class Stages:
 
     def _options(self, name: str, stage: Stage, models: dict[str, str]) -> list[str]:
         options = []
-        for file in stage.config:
-            options += ["--config", str(self._found(name, file))]
+        for file in self._files(name, stage, self.files):
+            options += ["--config", str(file)]
         for key, value in {**self.inherited, **stage.set}.items():
             options.append(f"--{key}={_written(referred(value, models))}")
         return options
 
-    def _found(self, name: str, file: str) -> Path:
-        for folder in self.beside:
-            if (folder / file).is_file():
-                return folder / file
-        places = ", ".join(str(folder.resolve()) for folder in self.beside)
-        raise FileNotFoundError(f"stages.{name}.config names {file!r}, which is in none of: {places}.")
+    @staticmethod
+    def _files(name: str, stage: Stage, files: list[Path]) -> list[Path]:
+        if not stage.config:
+            raise ValueError(f"stages.{name}.config is empty. Name the config file of the stage.")
+        return [_found(name, file, [*(place.parent for place in files), Path()]) for file in stage.config]
+
+    def _check_ends(self, name: str, files: list[Path], resolved: dict[str, Any], above: list[set[Path]]) -> None:
+        """A run whose stages lead back to it would start itself for ever."""
+        if not resolved.get("stages"):
+            return
+        if _places(files) in above:
+            raise ValueError(
+                f"stages.{name}.config names {', '.join(map(str, files))}, whose own stages lead back to it. Name the config of "
+                f"the stage alone, without `stages`."
+            )
+        for inner, stage in resolved["stages"].items():
+            stage = stage if isinstance(stage, Stage) else Stage(config=stage["config"], set=stage.get("set") or {})
+            below = self._files(inner, stage, files)
+            options = [text for file in below for text in ("--config", str(file))]
+            self._check_ends(inner, below, self.resolve(options), [*above, _places(files)])
 
     def _run(self, title: str, folder: Path, options: list[str]) -> None:
         place = {"root": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
@@ -127,6 +145,18 @@ class Stages:
                 f"  The same command goes on from there. The stage alone: {' '.join(['python', *command[1:]])}"
             )
         write_atomically(folder / "stage.json", json.dumps({"command": command[1:]}, indent=2) + "\n")
+
+
+def _found(name: str, file: str, folders: list[Path]) -> Path:
+    for folder in folders:
+        if (folder / file).is_file():
+            return folder / file
+    places = ", ".join(str(folder.resolve()) for folder in folders)
+    raise FileNotFoundError(f"stages.{name}.config names {file!r}, which is in none of: {places}. Correct the name.")
+
+
+def _places(files: list[Path]) -> set[Path]:
+    return {file.resolve() for file in files}
 
 
 def referred(value: Any, models: dict[str, str]) -> Any:

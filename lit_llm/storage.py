@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
-from tempfile import mkdtemp
+from tempfile import TemporaryFile, mkdtemp
 
 
 def cache_folder() -> Path:
@@ -23,6 +23,44 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that it exists whole or not at all."""
     with complete_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_name(what: str, name: str | None) -> None:
+    """See that the name of a folder is one, and no path that leads elsewhere.
+
+    Raises:
+        ValueError: it is.
+    """
+    if name is not None and (name in ("", ".", "..") or set(name) & set("/\\\0")):
+        raise ValueError(
+            f"{what} is {name!r}, but it names one folder. Leave out slashes; where runs are kept is run.root."
+        )
+
+
+def check_inside(what: str, path: str | None) -> None:
+    """See that a relative path stays in its folder.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if path is not None and (Path(path).is_absolute() or ".." in Path(path).parts):
+        raise ValueError(f"{what} is {path!r}, which leaves the run folder. Name a file within it.")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """See that a folder can be made and written to, and leave nothing behind.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        with TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to {folder}: {there} says {error.strerror or error}. Name another folder with {what}."
+        ) from error
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -25,7 +24,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
-from lit_llm.checkpoint_io import stream_checkpoints
+from lit_llm.checkpoint_io import read_checkpoint, stream_checkpoints
+from lit_llm.config_files import check_config_files, check_nested
 from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
 from lit_llm.data.instructions import Instructions  # noqa: F401  makes the short name known
 from lit_llm.data.labelled_answers import LabelledAnswers  # noqa: F401  makes the short name known
@@ -35,6 +35,8 @@ from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
 from lit_llm.stages import MACHINE, Stage, Stages, referred
+from lit_llm.storage import check_inside, check_name, check_writable
+from lit_llm.trainer_settings import check_settings
 
 # `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -68,7 +70,7 @@ class LitTrainer(Trainer):
         if Path(to).exists():
             raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
         model.configure_model()
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(ckpt_path))
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.export(Path(to))
@@ -127,6 +129,7 @@ class TrainingCLI(LightningCLI):
     @classmethod
     def run(cls, args: list[str]) -> TrainingCLI:
         """Parse and run one command; `args` begins with the command."""
+        check_config_files(args)
         sys.argv = [sys.argv[0], *args]
         return cls(
             Method,
@@ -146,7 +149,16 @@ class TrainingCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         ours = ("export", "plan", "cache_teacher")
-        return {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in ours}}
+        known = {**LightningCLI.subcommands(), **{command: {"model", "datamodule"} for command in ours}}
+        # each takes time to build; stages are resolved as `fit`
+        return {command: known[command] for command in dict.fromkeys((sys.argv[1], "fit"))}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Errors of parsing are raised, for `lit_llm.cli` to tell them in its own way."""
+        return super().init_parser(**{**kwargs, "exit_on_error": False})
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing of a config stands in our checkpoints, and reading one here would come before it is checked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=Run, default=Run(), help="where the run is kept")
@@ -163,13 +175,16 @@ class TrainingCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
 
+    def _set_seed(self) -> None:
+        seed = self.config[self.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ValueError(f"seed_everything is {seed}; a seed is a whole number from 0 to {2**32 - 1:,}.")
+        super()._set_seed()
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        if config.trainer.use_distributed_sampler:
-            raise ValueError(
-                "trainer.use_distributed_sampler is true, but the DataModules divide the data among ranks themselves "
-                "(they must know the tokens of a whole optimizer step). Leave it at false."
-            )
+        check_nested(config)
+        check_settings(config.trainer, config.checkpoint)
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
         self._use_stages(config)
@@ -183,7 +198,7 @@ class TrainingCLI(LightningCLI):
             stages = Stages(
                 {name: stage if isinstance(stage, Stage) else Stage(**stage) for name, stage in config.stages.items()},
                 folder=Path(config.run.root) / config.run.name / "stages",
-                beside=[Path(str(file)).parent for file in config.get("config") or []],
+                files=[Path(str(file)) for file in config.get("config") or []],
                 resolve=self._resolved,
                 inherited={f"trainer.{key}": config.trainer[key] for key in MACHINE},
             )
@@ -198,7 +213,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if path := self.config[self.subcommand].get("ckpt_path"):  # tensors stay on the disk
-            self.model.use_plan_of(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+            self.model.use_plan_of(read_checkpoint(Path(path)))
         if self.config[self.subcommand].compile_loss and not self.model.compiles_loss:
             raise ValueError(
                 f"compile_loss is true, but no part of {type(self.model).__name__}'s loss is compiled. Leave compile_loss out."
@@ -228,12 +243,17 @@ class TrainingCLI(LightningCLI):
         """Fill in name and version; find the checkpoint that `last` means; refuse to write over another run."""
         run = config.run
         run.name = run.name or _config_name(config) or "run"
+        for name in ("name", "version"):
+            check_name(f"run.{name}", getattr(run, name))
+        check_inside("checkpoint.filename", config.checkpoint.filename)
         runs = Path(run.root) / run.name
         if config.get("ckpt_path") == "last":
             folder = _newest_run(runs, run.version)
             config.ckpt_path, run.version = str(folder / "checkpoints" / "last.ckpt"), folder.name
         if config.get("ckpt_path"):
             _check_checkpoint(Path(config.ckpt_path))
+        if self.subcommand == "fit":
+            check_writable(runs, "run.root")
         if run.version is None:
             run.version = f"version_{_next_version(runs)}"
         elif self.subcommand == "fit" and not config.get("ckpt_path") and (runs / run.version).exists():
@@ -310,11 +330,7 @@ def _newest_run(runs: Path, version: str | None) -> Path:
 def _check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path {path}: no such file. `last` finds the newest checkpoint of the run.")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(
-            f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"
-            f"  Take another file of {path.parent}, or start anew."
-        )
+    read_checkpoint(path)
 
 
 def _next_version(runs: Path) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_llm.data.batch import DistillationBatch, SparseTargets, collate_pairs, collate_tokens
 from lit_llm.data.planned_data import PlannedData, Split, check_room
+from lit_llm.data.rows import check_text
 from lit_llm.data.step_sampler import MicroBatch, StepSampler
 from lit_llm.data.teacher_store import StoredPart
 from lit_llm.data.tokenized import Alignment, Encoding, TokenizedSet, tokenize_rows
@@ -157,6 +158,7 @@ class Instructions(PlannedData):
 
     def _tokenized(self, split: Split) -> TokenizedSet:
         rows = self._rows(split, ("prompt", "response"))
+        check_text(rows, self.sources[split], self.columns, ("prompt", "response", "context"), lists=("response",))
         student, teacher = self._tokenizers()
         encoding = replace(self.encoding, alignment=self._alignment(self.trainer.lightning_module))
         return tokenize_rows(rows, encoding, student, teacher, workers=self.tokenize_workers, name=self.sources[split])

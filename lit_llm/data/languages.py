@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lit_llm.data.corpora import Corpus, load_corpus
 from lit_llm.data.language_mix import Mix, rows_of_languages
 from lit_llm.data.language_rows import LanguageBatches, RowSet, Stream, training_order
-from lit_llm.data.planned_data import Split
+from lit_llm.data.planned_data import Split, check_workers
 from lit_llm.data.step_sampler import StepLoader, StepSampler
 from lit_llm.data.tokenized import EvaluationPrompt, begin_ids
 
@@ -234,6 +234,7 @@ class Languages(L.LightningDataModule):
         for name, value in {**counts, "validation_tokens": self.validation_tokens, "limit": self.limit}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
+        check_workers(self.num_workers, self.tokenize_workers)
         if set(self.columns) - {"text"}:
             raise ValueError(f"data.columns is {self.columns}; the one column that is read is `text`: {{text: NAME}}.")
 

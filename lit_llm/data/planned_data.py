@@ -61,9 +61,11 @@ class PlannedData(L.LightningDataModule, ABC):
         seed: int,
     ) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "bucket": bucket}.items():
+        counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "bucket": bucket, "limit": limit}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
+        check_workers(num_workers, tokenize_workers)
         self.sources = {"train": train, "validation": validation, "test": test}
         self.columns, self.limit = columns or {}, limit
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
@@ -179,12 +181,26 @@ class PlannedData(L.LightningDataModule, ABC):
         return [split for split in splits if self.sources[split] is not None]
 
 
+def check_workers(num_workers: int, tokenize_workers: int) -> None:
+    """See that processes can be counted.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    for name, value in {"num_workers": num_workers, "tokenize_workers": tokenize_workers}.items():
+        if value < 0:
+            raise ValueError(f"data.{name} is {value}; it counts processes. Set 0 to leave it to lit_llm.")
+
+
 def check_room(max_prompt_length: int, max_length: int) -> None:
     """See that a prompt of the longest kind leaves room for an answer.
 
     Raises:
         ValueError: it does not.
     """
+    for name, value in {"max_prompt_length": max_prompt_length, "max_length": max_length}.items():
+        if value < 1:
+            raise ValueError(f"data.{name} is {value}; it counts tokens and must be at least 1.")
     if max_prompt_length >= max_length:
         raise ValueError(
             f"data.max_prompt_length ({max_prompt_length}) leaves no room for an answer within data.max_length "

@@ -91,6 +91,12 @@ def _split(side: str | Sequence[dict] | None, given) -> tuple[list[Turn], str]:
 
 
 def _turns(messages: Sequence[dict]) -> list[Turn]:
-    if not all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in messages):
+    whole = isinstance(messages, list | tuple) and all(map(_is_message, messages))
+    if not whole:
         raise UnusableRow("messages without role and content")
     return [{"role": message["role"] or "", "content": message["content"] or ""} for message in messages]
+
+
+def _is_message(given) -> bool:
+    texts = [given.get(name, 0) for name in ("role", "content")] if isinstance(given, dict) else [0]
+    return all(text is None or isinstance(text, str) for text in texts)

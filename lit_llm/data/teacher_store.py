@@ -61,6 +61,8 @@ class TeacherStore:
     shard_rows: int = 32768
 
     def __post_init__(self) -> None:
+        if Path(self.folder).exists() and not Path(self.folder).is_dir():
+            raise ValueError(f"teacher_store.folder is {self.folder!r}, which is a file. Name a folder.")
         for name in ("top_k", "batch_size", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -132,7 +134,19 @@ class StoredPart:
 
     def _found(self) -> dict[str, Any] | None:
         manifest = self.folder / "manifest.json"
-        return json.loads(manifest.read_text()) if manifest.is_file() else None
+        if not manifest.is_file():
+            return None
+        try:
+            found = json.loads(manifest.read_text())
+            if isinstance(found["binding"], dict) and isinstance(found["shard_rows"], int):
+                return found
+            why = "it lacks what a manifest says"
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{manifest} is no manifest of a teacher store ({why}).\n  Delete the folder {self.folder}; the next run writes it "
+            f"anew. Or name another model.teacher_store.folder."
+        )
 
     def _file(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"

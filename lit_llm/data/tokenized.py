@@ -197,15 +197,20 @@ def map_cached(
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(rows, parts, tokenizers)
     processes = workers or min(os.cpu_count() or 1, len(rows) // _ROWS_PER_WORKER)
-    return rows.map(
-        encoder,
-        remove_columns=rows.column_names,
-        num_proc=processes if processes > 1 else None,
-        new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
-        features=features,
-        desc=f"Tokenising {name}",
-    )
+    try:
+        return rows.map(
+            encoder,
+            remove_columns=rows.column_names,
+            num_proc=processes if processes > 1 else None,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(folder / f"{fingerprint}.arrow"),
+            features=features,
+            desc=f"Tokenising {name}",
+        )
+    except UnicodeDecodeError as error:  # JSON is read without a look at its letters
+        raise ValueError(
+            f"{name} is not UTF-8 ({error}).\n  Convert it: iconv -f LATIN1 -t UTF-8 FILE (or whatever it is)."
+        ) from error
 
 
 def encode_prompt(tokenizer, rules: Encoding, prompt: str, context: str) -> tuple[str, list[int], bool]:

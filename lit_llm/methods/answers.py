@@ -18,6 +18,7 @@ from lit_llm.evaluation.constraints import reward
 from lit_llm.evaluation.rouge import RougeL
 from lit_llm.evaluation.samples import Sample
 from lit_llm.evaluation.token_scores import TokenScores
+from lit_llm.models.generation import check_sampling
 from lit_llm.models.language_model import Frozen, LanguageModel
 from lit_llm.storage import write_atomically
 
@@ -49,6 +50,33 @@ class Generation:
     no_repeat_ngram_size: int = 0
     batch_size: int = 32
     shown: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("temperatures", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"generation.{name} is empty. Name at least one; generation.prompts: 0 turns answers off."
+                )
+        for name, least in {"prompts": 0, "test_prompts": 0, "batch_size": 1, "shown": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"generation.{name} is {value}; it must be at least {least}.")
+        for temperature in self.temperatures:
+            check_sampling(
+                "generation",
+                self.max_new_tokens,
+                temperature=temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                no_repeat_ngram_size=self.no_repeat_ngram_size,
+            )
+        if not any(self.temperatures):
+            for name, idle in {"top_p": 1.0, "top_k": 0, "seeds": [10]}.items():
+                if getattr(self, name) != idle:
+                    raise ValueError(
+                        f"generation.{name} is {getattr(self, name)}, but generation.temperatures is {self.temperatures}, so "
+                        f"all answers are greedy and nothing is sampled. Add a temperature above 0, or leave it out."
+                    )
 
 
 class Answering(L.LightningModule):

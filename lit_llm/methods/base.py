@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -67,8 +68,26 @@ class Optimization:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"optimization.warmup_ratio is {self.warmup_ratio}; it is a share of all steps, 0 to 1.")
+        ranges = {
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "final_lr": (0 <= self.final_lr < math.inf, "at least 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 (0 is off)"),
+            "betas": (all(0 <= beta < 1 for beta in self.betas), "two shares below 1, such as [0.9, 0.999]"),
+            "eps": (0 < self.eps < math.inf, "above 0, such as 1e-8"),
+            "warmup_steps": (self.warmup_steps >= 0, "at least 0 (0 is off)"),
+        }
+        for name, (fits, range_) in ranges.items():
+            if not fits:
+                raise ValueError(f"optimization.{name} is {getattr(self, name)}; it must be {range_}.")
+        if self.schedule == "constant" and self.final_lr != type(self).final_lr:
+            raise ValueError(
+                f"optimization.final_lr is {self.final_lr}, but optimization.schedule is 'constant', which does not move towards "
+                f"it. Leave it out, or set schedule: linear or cosine."
+            )
         if self.final_lr > self.lr:
-            raise ValueError(f"optimization.final_lr ({self.final_lr}) is above optimization.lr ({self.lr}).")
+            raise ValueError(
+                f"optimization.final_lr ({self.final_lr}) is above optimization.lr ({self.lr}). Lower the first."
+            )
 
 
 class Method(Answering):

@@ -18,6 +18,7 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.methods.stored_teacher import StoredTeacher
+from lit_llm.models.frozen import check_frozen
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 from lit_llm.models.shared_base import AdaptedBase, is_base
 from lit_llm.models.teacher_head import TeacherHead
@@ -62,6 +63,7 @@ class Distillation(Method):
                 f"model.teacher_store.folder is {teacher_store.folder!r} and model.on_policy is set, but a store knows "
                 "nothing of answers that are still to be sampled. Leave one of the two out."
             )
+        check_frozen("teacher", teacher)
         self.teacher_spec = teacher
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
         self.store = None if teacher_store is None else StoredTeacher(teacher_store, self)

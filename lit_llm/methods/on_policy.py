@@ -16,6 +16,7 @@ import torch
 
 from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.rollouts import Rollout, RolloutBatches
+from lit_llm.models.generation import check_sampling
 from lit_llm.models.language_model import LanguageModel
 
 
@@ -55,9 +56,21 @@ class OnPolicy:
             raise ValueError(
                 f"on_policy.student_fraction is {self.student_fraction}; it is a share of micro-batches, 0 to 1."
             )
-        for name in ("updates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"on_policy.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, least in {"updates": 1, "batch_size": 1, "start_epoch": 0, "validation_prompts": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"on_policy.{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.temperature == 0 and (self.top_p != 1 or self.top_k):
+            raise ValueError(
+                f"on_policy.temperature is 0, which is greedy, so on_policy.top_p ({self.top_p}) and on_policy.top_k "
+                f"({self.top_k}) have nothing to choose from. Set a temperature above 0, or leave them out."
+            )
+        check_sampling(
+            "on_policy",
+            1 if self.max_new_tokens is None else self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
 
 
 class Compared(NamedTuple):

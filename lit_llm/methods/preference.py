@@ -18,6 +18,7 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.reference_log_probs import ReferenceLogProbs
 from lit_llm.models.dropout import turn_off_dropout
+from lit_llm.models.frozen import check_frozen
 from lit_llm.models.language_model import LanguageModel, ModelSpec
 
 
@@ -60,6 +61,7 @@ class PreferenceMethod(Method):
                 f"model.student.lora.dropout is {student.lora.dropout}, but {type(self).__name__} turns dropout off: "
                 "log-probabilities are compared with those of a reference without it. Set it to 0."
             )
+        check_frozen("reference", reference)
         self.reference_spec = reference
         self.reference = ReferenceLogProbs(self)
 

@@ -15,6 +15,7 @@ from lit_llm.methods.base import Optimization
 from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.methods.on_policy import OnPolicy, Rollouts
 from lit_llm.methods.preference import PreferenceMethod, sums_of_answers
+from lit_llm.models.frozen import check_frozen
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 from lit_llm.models.quantization import keep_base_out_of_checkpoints
 from lit_llm.models.shared_base import AdaptedBase, frozen_beside
@@ -52,11 +53,7 @@ class PreferenceDistillation(PreferenceMethod):
     ) -> None:
         super().__init__(student, None, optimization, generation, loss_chunk)
         for name, spec in teachers.items():
-            if spec.lora is not None:
-                raise ValueError(
-                    f"model.{name}.lora is set, but the model is frozen and its adapters would start at random. Leave it "
-                    "out: name the folder `model/` or `adapters/` that a run with adapters left."
-                )
+            check_frozen(name, spec)
         self.teacher_specs = teachers
         self.rollouts = None if on_policy is None else Rollouts(on_policy, self)
         self.frozen_other: Frozen | None = None

@@ -62,7 +62,15 @@ def base_of(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} holds adapters, but no {BASE} that tells their base by its content. Merge them into their "
             "base first (peft's merge_and_unload, then save_pretrained), and name the merged folder."
         )
-    return json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}). Write the adapters again, or name a merged model.") from error
+    if not isinstance(found, dict) or "source" not in found:
+        raise ValueError(
+            f"{file} does not say what the base of the adapters is. Write them again, or name a merged model."
+        )
+    return found
 
 
 def save_adapters(model: nn.Module, tokenizer, base: dict[str, Any], folder: Path) -> None:

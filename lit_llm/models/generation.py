@@ -55,6 +55,18 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {range_}.")
 
 
+def check_sampling(section: str, max_new_tokens: int, **settings) -> None:
+    """See that a section of a config could be a `Sampling`, before any model is loaded.
+
+    Raises:
+        ValueError: it could not; the setting has the section's name before it.
+    """
+    try:
+        Sampling(max_new_tokens, **settings)
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from error
+
+
 def generate(
     model: nn.Module,
     tokenizer,

@@ -46,6 +46,8 @@ class ModelSpec:
         quantization: keep the body's frozen weights in 4 bits (`nf4`, as in QLoRA) or 8 (`int8`), by bitsandbytes; the
             head is left as it is. For a frozen teacher, or for a student with `lora`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        pickled_weights: read weights that are pickles (`pytorch_model.bin`) where a source has no safetensors. Only for
+            sources that you trust: a pickle can run code.
         trim_head: losses and generation leave out the rows of the head beyond the tokenizer's highest id, which pad many
             published heads (152,064 rows for 151,665 ids), to different lengths for models of one tokenizer. The
             weights keep their shape; the rows get no gradient.
@@ -61,8 +63,14 @@ class ModelSpec:
     quantization: Quantization | None = None
     gradient_checkpointing: bool = False
     trim_head: bool = True
+    pickled_weights: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("source", "tokenizer"):
+            if getattr(self, name) == "None":  # what jsonargparse makes of `--model.init_args.student.NAME=null`
+                setattr(self, name, None)
+            elif getattr(self, name) == "":
+                raise ValueError(f"`{name}` is empty. Name a hub id, a folder or package:NAME.")
         if (self.source is None) == (self.config is None):
             raise ValueError(
                 f"A model needs either `source` (a hub id, folder or package) or `config` (a random start), "
@@ -79,6 +87,8 @@ class ModelSpec:
                 f"`quantization` ({self.quantization}) is for the weights of a `source`, but `config` is a random start. "
                 f"Leave it out."
             )
+        if self.config is not None and self.pickled_weights:
+            raise ValueError("`pickled_weights` is for a `source`, but `config` is a random start. Leave it out.")
         if self.keep_layers is not None and len(self.keep_layers) == 0:
             raise ValueError("`keep_layers` is empty. Name at least one layer, or leave it out.")
 
@@ -118,7 +128,7 @@ class ModelSpec:
         if (folder := adapter_folder(self.source)) is not None:
             return with_merged_adapters(folder, self)
         settings = None if kind is None else quantization.quantization_config(kind, dtype)
-        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings)
+        model = sources.load_model(self.source, self.keep_layers, self.attention, dtype, settings, self.pickled_weights)
         if kind is not None:
             quantization.settle(model, self.source)
         if self.tokenizer not in (None, self.source):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from functools import lru_cache
 from pathlib import Path
 from ssl import SSLError
@@ -17,6 +18,7 @@ from torch import nn
 from lit_llm.models.packages import package_folder
 
 _HUB_SECONDS = 5  # within which the hub must answer
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _OLD_FIELDS = {
     "rope_theta",
     "rope_scaling",
@@ -58,10 +60,15 @@ def load_tokenizer(source: str):
     # tokenizer.json is of another kind; the file itself is right
     if Path(place).is_dir():
         whole = (Path(place) / "tokenizer.json").is_file()
+        if not whole and not any((Path(place) / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"The folder {place} holds no tokenizer (no tokenizer.json). Save it there (save_pretrained), or name another "
+                f"with `tokenizer`."
+            )
     else:
         whole = _load(cached_file, place, "tokenizer", "tokenizer.json", _raise_exceptions_for_missing_entries=False)
-    loader = PreTrainedTokenizerFast if whole else AutoTokenizer
-    tokenizer = _load(loader.from_pretrained, place, "tokenizer")
+    loader, safely = (PreTrainedTokenizerFast, {}) if whole else (AutoTokenizer, {"trust_remote_code": False})
+    tokenizer = _load(loader.from_pretrained, place, "tokenizer", **safely)
     if not tokenizer.is_fast:
         raise ValueError(
             f"{source!r} has only a slow tokenizer; lit_llm needs tokenizer.json. Convert it, or name another."
@@ -77,12 +84,19 @@ def load_tokenizer(source: str):
 
 
 def load_model(
-    source: str, keep_layers: list[int] | None, attention: str, dtype: torch.dtype, quantization=None
+    source: str,
+    keep_layers: list[int] | None,
+    attention: str,
+    dtype: torch.dtype,
+    quantization=None,
+    pickled_weights: bool = False,
 ) -> nn.Module:
     """A causal language model, perhaps cut to some of its layers, perhaps quantised (by a `BitsAndBytesConfig`).
 
+    No code of the folder is run; weights come from safetensors, unless `pickled_weights` asks for others too.
+
     Raises:
-        ValueError: it cannot be had, lacks weights, or has no such layer.
+        ValueError: it cannot be had, lacks weights, has no such layer, or is not safe to read.
     """
     from transformers import AutoModelForCausalLM
 
@@ -92,6 +106,8 @@ def load_model(
             f"{source!r} holds adapters, not a whole model. Merge them into their base first (peft's merge_and_unload, "
             f"then save_pretrained), and name the merged folder."
         )
+    if Path(place).is_dir():
+        check_folder(Path(place), pickled_weights)
     model, report = _load(
         AutoModelForCausalLM.from_pretrained,
         place,
@@ -99,6 +115,8 @@ def load_model(
         dtype=dtype,
         attn_implementation=attention,
         output_loading_info=True,
+        trust_remote_code=False,
+        use_safetensors=None if pickled_weights else True,
         **({} if quantization is None else {"quantization_config": quantization}),
     )
     if missing := sorted(report["missing_keys"]):
@@ -107,6 +125,52 @@ def load_model(
             f"they would start at random. Name a folder that holds the whole causal language model."
         )
     return model if keep_layers is None else cut(model, keep_layers, source)
+
+
+def check_folder(folder: Path, pickled_weights: bool = False) -> None:
+    """See that a model folder can be read without running anything of it, and names no files outside.
+
+    Args:
+        folder: as a stranger may have made it.
+        pickled_weights: whether weights may be pickles.
+
+    Raises:
+        ValueError: no config, code of its own, weights outside the folder, or only pickled weights.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = _json_of(folder / "config.json", f"The folder {folder} holds no model")
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"The model in {folder} (model_type {config.get('model_type')!r}) brings code of its own, which lit_llm does not "
+            f"run. Name a model of an architecture that transformers has itself."
+        )
+    for index in folder.glob("*.index.json"):
+        listed = _json_of(index, f"The weights in {folder} cannot be read").get("weight_map", {})
+        for name in {str(name) for name in listed.values()}:
+            if Path(name).name != name or name in (".", ".."):
+                raise ValueError(
+                    f"{index} names {name!r}, a file outside of its folder. Fetch the model again, from somewhere you trust."
+                )
+    pickles = sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind))
+    if pickles and not pickled_weights and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"The folder {folder} holds its weights as pickles ({pickles[0]}), which can run code when they are read, and no "
+            f"safetensors.\n  Convert them (save_pretrained writes safetensors), or set `pickled_weights: true` beside `source` "
+            f"if you trust where they came from."
+        )
+
+
+def _json_of(file: Path, problem: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{problem}: there is no {file.name}. Name a folder that save_pretrained has written.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{problem}: {file.name} is no JSON ({error}). Fetch or write it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{problem}: {file.name} holds a {type(found).__name__}, no object. Fetch or write it again.")
+    return found
 
 
 def random_start(config: dict[str, Any], attention: str, dtype: torch.dtype, tokenizer) -> nn.Module:
@@ -185,16 +249,16 @@ def cut(model: nn.Module, keep_layers: list[int], source: str) -> nn.Module:
 
 def _load(load, place: str, what: str, *arguments, **settings):
     """Call a loader of transformers, with its many kinds of errors in words."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
     try:
         return load(place, *arguments, **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # tokenizers raises no other kind, and a stranger's files may end in any
         where = (
             f"The folder {place} holds no readable" if Path(place).is_dir() else f"The hub gave no readable {place!r}:"
         )
-        raise ValueError(f"{where} {what}: {_first_lines(error)}") from error
+        raise ValueError(
+            f"{where} {what}: {_first_lines(error)}\n  Fetch or write it again, or name another: a folder that save_pretrained "
+            f"has written, a hub id or package:NAME."
+        ) from error
 
 
 def _first_lines(error: Exception) -> str:
