@@ -46,8 +46,7 @@ class ModelSpec:
         quantization: keep the body's frozen weights in 4 bits (`nf4`, as in QLoRA) or 8 (`int8`), by bitsandbytes; the
             head is left as it is. For a frozen teacher, or for a student with `lora`.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
-        pickled_weights: read weights that are pickles (`pytorch_model.bin`) where a source has no safetensors. Only for
-            sources that you trust: a pickle can run code.
+        pickled_weights: read pickles where there are no safetensors; only of sources that you trust, for they can run code.
         trim_head: losses and generation leave out the rows of the head beyond the tokenizer's highest id, which pad many
             published heads (152,064 rows for 151,665 ids), to different lengths for models of one tokenizer. The
             weights keep their shape; the rows get no gradient.
@@ -69,8 +68,6 @@ class ModelSpec:
         for name in ("source", "tokenizer"):
             if getattr(self, name) == "None":  # what jsonargparse makes of `--model.init_args.student.NAME=null`
                 setattr(self, name, None)
-            elif getattr(self, name) == "":
-                raise ValueError(f"`{name}` is empty. Name a hub id, a folder or package:NAME.")
         if (self.source is None) == (self.config is None):
             raise ValueError(
                 f"A model needs either `source` (a hub id, folder or package) or `config` (a random start), "
