@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional, Union
 
 import torch
 
@@ -104,7 +104,7 @@ def edit_fact(
 def ask_edited(
     model: str,
     edits: str,
-    prompt: list[str],
+    prompt: Union[list[str], str],
     language: str = "en",
     max_new_tokens: int = 24,
     dtype: Dtype = "float32",
@@ -117,15 +117,16 @@ def ask_edited(
     Args:
         model: the model that was edited, as it was then.
         edits: the .safetensors file.
-        prompt: one or several, each the beginning of a sentence or a question.
+        prompt: the beginning of a sentence, or a question; several as a JSON list.
         language: of the prompts.
         max_new_tokens: length limit of an answer.
         dtype: precision of the model.
         device: where to run; auto takes a GPU if there is one.
     """
     check_language(language)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
     edited, kept = _opened(model, edits, dtype, device)
-    _print_answers(edited, kept, [(language, text) for text in prompt], max_new_tokens)
+    _print_answers(edited, kept, [(language, text) for text in prompts], max_new_tokens)
 
 
 def undo_edits(

@@ -177,7 +177,7 @@ class TrainingCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if seed is None or (not isinstance(seed, bool) and not 0 <= seed < 2**32):
             raise ValueError(f"seed_everything is {seed}; a seed is a whole number from 0 to {2**32 - 1:,}.")
         super()._set_seed()
 

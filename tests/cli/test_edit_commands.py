@@ -146,7 +146,7 @@ def test_wrong_ids_and_files_are_named(model, edits, tmp_path, capsys, command):
     options = {"ask": ["--prompt", '["Oslo"]'], "undo": ["--id", "nothing"], "edit": []}[command]
     with pytest.raises(SystemExit):
         call(command, model, edits if command != "ask" else tmp_path / "none", *options)
-    assert {"ask": "no file of edits", "undo": "no edit 'nothing'", "edit": "required"}[
+    assert {"ask": "no file of edits", "undo": "no edit 'nothing'", "edit": "Not given: --subject, --prompt, --target"}[
         command
     ] in capsys.readouterr().err
 

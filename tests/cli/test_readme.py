@@ -8,18 +8,29 @@ import pytest
 import yaml
 
 from lit_llm.cli import main
+from lit_llm.editing.deltas import EditSet
 from tests.cli.test_every_config import CONFIGS, reduced
+from tests.tiny import tiny_model_folder
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-LINES = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+LINES = [
+    line.split("#")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()
+]
 COMMANDS = [part.strip() for line in LINES for part in line.split("&&")]
 OURS = [command.split("python -m lit_llm ")[1] for command in COMMANDS if "python -m lit_llm " in command]
 
 
 def test_every_command_of_the_readme_is_either_ours_or_a_known_tool():
-    known = ("python -m lit_llm", "python -m pip install -e", "python -m pytest", "tensorboard --logdir", "LIT_LLM_")
+    known = (
+        "python -m lit_llm",
+        "python -m pip install -e",
+        "python -m pytest",
+        "tensorboard --logdir",
+        "LIT_LLM_",
+        "export LIT_LLM_",
+    )
     assert all(command.startswith(known) for command in COMMANDS), COMMANDS
     assert len(OURS) >= 8
 
@@ -72,6 +83,22 @@ def test_the_commands_after_a_run_work_in_their_order(tmp_path, in_checkout, mon
         )
         main(small(options, tmp_path, monkeypatch) if "--config" in options else [*options, "--max_new_tokens=3"])
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_the_lines_about_facts_work_in_their_order(tmp_path, capsys):
+    model = tiny_model_folder(tmp_path / "model", layers=4, seed=1, initializer_range=0.15)
+    lines = [shlex.split(c) for c in OURS if c.split()[0] in ("edit", "ask", "undo")]
+    assert [line[0] for line in lines] == ["edit", "ask", "undo"]
+    said = []
+    for line in lines:
+        line[line.index("--model") + 1], line[line.index("--edits") + 1] = (
+            str(model),
+            str(tmp_path / "edits.safetensors"),
+        )
+        more = ["--layers", "[1,2]", "--optimising.steps", "3"] if line[0] == "edit" else []
+        main([*line, *more])
+        said.append(capsys.readouterr().out)
+    assert "malta-capital" in said[1] and len(EditSet.load(tmp_path / "edits.safetensors")) == 0
 
 
 def test_the_file_tree_of_the_readme_names_what_exists():
