@@ -5,7 +5,6 @@ Shapes: N prompts, L languages of a fact, F facts, m neurons of a layer, K store
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -56,12 +55,10 @@ class Edited:
     Attributes:
         edits: one for each fact.
         selected: layer -> (F, L, m) bool, what each language selects; None where the facts differ in their languages.
-        seconds: it took.
     """
 
     edits: list[CachedEdit]
     selected: dict[int, Tensor] | None = None
-    seconds: float = 0.0
     languages: tuple[str, ...] = field(default=())
 
 
@@ -89,13 +86,12 @@ class NeuronEditor:
         Raises:
             ValueError: facts that the settings cannot edit, see `Locating` and `relation_threshold`.
         """
-        start = time.perf_counter()
         located, selected = self.locate(facts)
         neurons = [{layer: found.neurons for layer, found in of_fact.items()} for of_fact in located]
         rows = [fact.fact_rows(paraphrases=self.settings.train_on == "paraphrases") for fact in facts]
         results = optimise(self.body, self.head, rows, neurons, self.settings.optimising)
         edits = [self._cached(*parts) for parts in zip(facts, located, results, strict=True)]
-        return Edited(edits, selected, time.perf_counter() - start, facts[0].languages)
+        return Edited(edits, selected, facts[0].languages)
 
     def locate(self, facts: Sequence[EditedFact]) -> tuple[list[dict[int, Located]], dict[int, Tensor] | None]:
         """The neurons of each fact by layer; and what each language selects, where all facts have the same."""
