@@ -1,9 +1,10 @@
 """A Markdown table of finished runs: the last value of each metric, mean and standard deviation over the runs of a row.
 
     python tools/compare_runs.py 'SFT=runs/sft_*' 'KD, forward KL=runs/kd_*' --metrics val/loss val/rouge_l
+    python tools/compare_runs.py 'DPO=runs/dpo_*' 'AlignDistil=runs/align_*' --figure val/reward reward.svg
 
 Each argument is LABEL=PATTERN; a pattern names run folders (`runs/NAME`, whose newest version is read, or
-`runs/NAME/version_3`), one per seed.
+`runs/NAME/version_3`), one per seed. A figure shows a metric against optimizer steps, the mean over the runs of a row.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import statistics
 import sys
 from pathlib import Path
 
+from lit_llm.callbacks.report_chart import Series, chart_file
 from lit_llm.callbacks.report_data import RunData, read_run
+from lit_llm.storage import write_atomically
 
 METRICS = ["val/loss", "val/accuracy", "val/rouge_l"]
+COLOURS = ["#1f62d0", "#b4540a", "#0b8468", "#a32b87", "#6f6200", "#6a55d8", "#c0392b", "#3f7f93"]
 
 
 def main() -> None:
@@ -24,9 +28,15 @@ def main() -> None:
     parser.add_argument("rows", nargs="+", metavar="LABEL=PATTERN", help="run folders of one row")
     parser.add_argument("--metrics", nargs="+", default=METRICS, help="columns of metrics.csv")
     parser.add_argument("--any_length", action="store_true", help="allow runs of different numbers of steps")
+    parser.add_argument("--figure", nargs=2, metavar=("METRIC", "FILE.svg"), help="draw this metric instead of a table")
     options = parser.parse_args()
     try:
-        print(table(dict(row_of(row) for row in options.rows), options.metrics, options.any_length))
+        rows = dict(row_of(row) for row in options.rows)
+        if options.figure:
+            metric, file = options.figure
+            write_atomically(Path(file), chart_file(f"{metric} against optimizer steps", curves(rows, metric)))
+        else:
+            print(table(rows, options.metrics, options.any_length))
     except (ValueError, OSError) as error:
         sys.exit(f"compare_runs: {error}")
 
@@ -68,6 +78,25 @@ def table(rows: dict[str, list[RunData]], metrics: list[str], any_length: bool =
     lines = [["", "runs", *metrics], ["---"] * (len(metrics) + 2)]
     lines += [[label, str(len(runs)), *(cell(runs, metric) for metric in metrics)] for label, runs in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def curves(rows: dict[str, list[RunData]], metric: str) -> list[Series]:
+    """One curve per row, the mean over its runs at the steps that all of them have.
+
+    Raises:
+        ValueError: no such step, or more rows than colours.
+    """
+    if len(rows) > len(COLOURS):
+        raise ValueError(f"{len(rows)} rows, but a figure has {len(COLOURS)} colours. Draw fewer.")
+    found = []
+    for (label, runs), colour in zip(rows.items(), COLOURS, strict=False):
+        values = [dict(run.curve(metric)) for run in runs]
+        shared = sorted(set.intersection(*(set(of_run) for of_run in values)))
+        if not shared:
+            raise ValueError(f"No step has {metric!r} in all runs of the row {label!r}.")
+        points = [(step, statistics.fmean(of_run[step] for of_run in values)) for step in shared]
+        found.append(Series(label, points, colour))
+    return found
 
 
 def cell(runs: list[RunData], metric: str) -> str:

@@ -11,6 +11,11 @@ Points = list[tuple[float, float]]
 _WIDTH, _HEIGHT = 420, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 26
 _MOST_POINTS = 400
+_FILE_STYLE = (
+    "text{font-family:sans-serif}.title{font-size:13px;font-weight:600}.grid{stroke:#ddd}.tick{fill:#555;font-size:11px}"
+    ".level{stroke-width:1.5;stroke-dasharray:5 4}.line{fill:none;stroke-width:2}"
+    ".faint{fill:none;stroke-width:1;opacity:.35}"
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,28 @@ def line_chart(title: str, series: list[Series], levels: list[Level] | None = No
         note: a sentence below the chart.
     """
     levels = levels or []
-    xs = [x for curve in series for x, _ in curve.points]
-    ys = [y for curve in series for y in _visible(curve)] + [level.value for level in levels]
-    frame = _Frame.around(xs, ys)
-    parts = [_grid(frame), *(_level(frame, level) for level in levels), *(_curve(frame, curve) for curve in series)]
     label = f"{title}: " + ", ".join(f"{curve.name} ends at {number(curve.end)}" for curve in series)
-    return _figure(title, _legend(series, levels), label, parts, note)
+    return _figure(title, _legend(series, levels), label, [_drawn(series, levels)], note)
+
+
+def chart_file(title: str, series: list[Series]) -> str:
+    """A line chart as an SVG file that stands alone, on white, with its legend below.
+
+    Args:
+        title: above the chart.
+        series: at least one curve with at least one point; in colours that need no page.
+    """
+    legend = [
+        f'<rect x="{_LEFT}" y="{_HEIGHT + 8 + 18 * row}" width="14" height="4" fill="{curve.colour}"/><text class="tick" '
+        f'x="{_LEFT + 20}" y="{_HEIGHT + 14 + 18 * row}">{escape(curve.name)}: {number(curve.end)}</text>'
+        for row, curve in enumerate(series)
+    ]
+    height = _HEIGHT + 24 + 18 * len(series)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {_WIDTH} {height + 22}" width="{2 * _WIDTH}">'
+        f'<style>{_FILE_STYLE}</style><rect y="-22" width="{_WIDTH}" height="{height + 22}" fill="#fff"/>'
+        f'<text class="title" x="{_LEFT}" y="-6">{escape(title)}</text>{_drawn(series, [])}{"".join(legend)}</svg>\n'
+    )
 
 
 def point_chart(title: str, points: list[tuple[float, float, str]], words: tuple[str, str], note: str = "") -> str:
@@ -79,7 +100,7 @@ def point_chart(title: str, points: list[tuple[float, float, str]], words: tuple
     places = [(frame.x(x), frame.y(y)) for x, y, _ in points]
     parts = [_grid(frame, whole=False)]
     parts.append(
-        f'<path class=faint style="stroke:var(--student)" d="{_path(frame, [(x, y) for x, y, _ in points])}"/>'
+        f'<path class="faint" style="stroke:var(--student)" d="{_path(frame, [(x, y) for x, y, _ in points])}"/>'
     )
     for (x, y, label), (left, top) in zip(points, places, strict=True):
         parts.append(
@@ -89,7 +110,7 @@ def point_chart(title: str, points: list[tuple[float, float, str]], words: tuple
     for index in _labelled(places):
         left, top = places[index]
         parts.append(
-            f'<text class=tick x="{left:.1f}" y="{top - 8:.1f}" text-anchor="middle">{escape(points[index][2])}</text>'
+            f'<text class="tick" x="{left:.1f}" y="{top - 8:.1f}" text-anchor="middle">{escape(points[index][2])}</text>'
         )
     x, y, label = points[-1]
     told = f"{title}: {words[0]} {number(x)}, {words[1]} {number(y)} at step {label}"
@@ -104,6 +125,14 @@ def _labelled(places: list[tuple[float, float]]) -> list[int]:
         if all(abs(left - places[other][0]) > 40 or abs(top - places[other][1]) > 14 for other in kept):
             kept.append(index)
     return sorted(kept)
+
+
+def _drawn(series: list[Series], levels: list[Level]) -> str:
+    xs = [x for curve in series for x, _ in curve.points]
+    ys = [y for curve in series for y in _visible(curve)] + [level.value for level in levels]
+    frame = _Frame.around(xs, ys)
+    parts = [_grid(frame), *(_level(frame, level) for level in levels), *(_curve(frame, curve) for curve in series)]
+    return "".join(parts)
 
 
 def _figure(title: str, legend: str, label: str, parts: list[str], note: str) -> str:
@@ -162,13 +191,15 @@ def _grid(frame: _Frame, whole: bool = True) -> str:
     parts = []
     for value in ticks(frame.low, frame.high, 5):
         y = frame.y(value)
-        parts.append(f'<line class=grid x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class=tick x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
     for value in ticks(frame.left, frame.right, 5):
         if not whole or value == round(value):  # there is no half of a step
             x = frame.x(value)
             anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
-            parts.append(f'<text class=tick x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{_tick(value)}</text>')
+            parts.append(
+                f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{_tick(value)}</text>'
+            )
     return "".join(parts)
 
 
@@ -191,7 +222,7 @@ def _tick(value: float) -> str:
 def _level(frame: _Frame, level: Level) -> str:
     y = frame.y(level.value)
     return (
-        f'<line class=level style="stroke:{level.colour}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
+        f'<line class="level" style="stroke:{level.colour}" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
         f"<title>{escape(level.name)}: {number(level.value)}</title></line>"
     )
 
@@ -200,10 +231,10 @@ def _curve(frame: _Frame, curve: Series) -> str:
     style = f'style="stroke:{curve.colour}"'
     if curve.smoothed:
         return (
-            f'<path class=faint {style} d="{_path(frame, _extremes(curve.points))}"/>'
-            f'<path class=line {style} d="{_path(frame, _thinned(_smooth(curve.points)))}"/>'
+            f'<path class="faint" {style} d="{_path(frame, _extremes(curve.points))}"/>'
+            f'<path class="line" {style} d="{_path(frame, _thinned(_smooth(curve.points)))}"/>'
         )
-    parts = [f'<path class=line {style} d="{_path(frame, _thinned(curve.points))}"/>']
+    parts = [f'<path class="line" {style} d="{_path(frame, _thinned(curve.points))}"/>']
     if len(curve.points) <= 40:
         for x, y in curve.points:
             parts.append(

@@ -203,7 +203,7 @@ def test_a_long_curve_stays_small_and_keeps_its_spikes():
     points[54_321] = (54_321, 50.0)
     figure = line_chart("loss", [Series("loss", points, "red", noisy=True)])
     assert len(figure) < 30_000
-    assert "class=faint" in figure and re.search(r"L\d+\.\d 10\.0L", figure)
+    assert 'class="faint"' in figure and re.search(r"L\d+\.\d 10\.0L", figure)
 
 
 def test_ticks_are_round_numbers_inside_the_interval():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -50,3 +51,18 @@ def test_runs_of_different_lengths_are_not_compared_by_accident(runs):
     refused = compare(f"KD={runs}/kd_*", "--metrics", "val/loss")
     assert refused.returncode == 1 and "ended at step 10" in refused.stderr and "at step 20" in refused.stderr
     assert compare(f"KD={runs}/kd_*", "--metrics", "val/loss", "--any_length").returncode == 0
+
+
+def test_a_figure_shows_the_mean_of_each_row_at_the_steps_that_all_its_runs_have(runs):
+    (runs / "kd_1" / "version_10" / "metrics.csv").write_text("step,val/loss\n0,9\n5,6\n10,4.2\n")
+    file = runs / "loss.svg"
+    done = compare(f"KD={runs}/kd_*", f"SFT={runs}/sft_*", "--figure", "val/loss", str(file))
+    assert done.returncode == 0, done.stderr
+    svg = ElementTree.fromstring(file.read_text())
+    said = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}title")]
+    assert said == ["KD, step 0: 9", "KD, step 10: 4.1", "SFT, step 0: 9", "SFT, step 10: 5"]
+
+
+def test_a_figure_of_a_metric_that_nobody_logged_is_refused(runs):
+    done = compare(f"KD={runs}/kd_*", "--figure", "val/reward", str(runs / "reward.svg"))
+    assert done.returncode == 1 and "No step has 'val/reward'" in done.stderr and not (runs / "reward.svg").exists()
