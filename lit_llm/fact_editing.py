@@ -46,6 +46,7 @@ def edit_fact(
     optimising: Optimising = Optimising(),
     trigger: Trigger = Trigger(scope="subject"),
     max_target_tokens: Optional[int] = None,
+    target_end: str = "\n",
     replace: bool = False,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -70,7 +71,8 @@ def edit_fact(
         locating: which neurons hold the fact.
         optimising: what is added to them.
         trigger: when the edit acts: wherever its subject is named, or only where the question is close to its prompts.
-        max_target_tokens: refuse a target of more tokens. None: any.
+        max_target_tokens: refuse a target of more tokens, those of target_end among them. None: any.
+        target_end: what comes after the target, so that the answer ends there; empty: nothing is said of it.
         replace: an edit of the same subject and relation is replaced, not refused.
         dtype: precision of the model.
         device: where to run; auto takes a GPU if there is one.
@@ -82,7 +84,11 @@ def edit_fact(
             "Give another language, set trigger.relation_threshold, or trigger.scope: subject."
         )
     edited, kept = _opened(model, edits, dtype, device, must_exist=False)
-    fact = _encoded(request, edited.model, max_target_tokens)
+    fact = _encoded(
+        request,
+        edited.model,
+        FactEncoding(missing_subjects="refuse", max_target_tokens=max_target_tokens, target_end=target_end),
+    )
     _check_free(kept, fact, replace)
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
@@ -187,8 +193,7 @@ def _request(subject, prompt, target, relation, name) -> Edit:
     return Edit(name or "-".join(words) or "edit", texts, relation)
 
 
-def _encoded(request: Edit, model: LanguageModel, max_target_tokens: int | None) -> EditedFact:
-    encoding = FactEncoding(missing_subjects="refuse", max_target_tokens=max_target_tokens)
+def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> EditedFact:
     name = "the command line"
     encoded = encode_edits([request], encoding, model.tokenizer, name=name)
     (fact,) = edited_facts(collate_edits(encoded.facts, encoded.languages, model.tokenizer.pad_token_id))

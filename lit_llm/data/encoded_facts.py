@@ -32,6 +32,7 @@ class FactEncoding:
     locality_prefix: str = ""
     missing_subjects: Literal["prompt_end", "drop", "refuse"] = "prompt_end"
     max_target_tokens: Optional[int] = None
+    target_end: str = ""
 
     def __post_init__(self) -> None:
         if self.prompt_format.count("{}") != 1:
@@ -182,7 +183,7 @@ def _encoded(edits: Sequence[Edit], encoding: FactEncoding, tokenizer) -> list[E
         for number, prompt in enumerate((fact.prompt, *fact.paraphrases))
     ]
     texts = [
-        _formatted(code, prompt, edit.by_language[code].target_new, match, encoding.prompt_format)
+        _formatted(code, prompt, edit.by_language[code].target_new + encoding.target_end, match, encoding.prompt_format)
         for edit, code, _, prompt, match in plan
     ]
     essence = [(edit, code, _essence(edit, code)) for edit in edits for code in edit.languages]

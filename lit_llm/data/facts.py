@@ -43,6 +43,9 @@ class Facts(PlannedData):
         max_target_tokens: tokens of a new target, for a method that can write no more (1: a single token). None: any.
         target_separator: between prompt and answer. `auto`: a space, but none in zh, ja, th, km, lo, my; `space`
             everywhere, as published code has it, for comparison with its numbers; `none`.
+        target_end: put behind every new target that is edited in, and not behind answers that are compared: what ends an
+            answer (a line break, a full stop), so that a model that writes freely goes no further. It counts among the
+            target's tokens.
         prompt_format: what is put around every prompt, e.g. `Question: {} Answer:` as in MzsRE's protocol.
         locality_prefix: put before unrelated questions, e.g. `nq question: ` as in Bi-ZsRE's protocol.
         batch_size: facts per micro-batch and process.
@@ -65,6 +68,7 @@ class Facts(PlannedData):
         missing_subjects: Literal["prompt_end", "drop", "refuse"] = "prompt_end",
         max_target_tokens: Optional[int] = None,
         target_separator: Separator = "auto",
+        target_end: str = "",
         prompt_format: str = "{}",
         locality_prefix: str = "",
         batch_size: int = 8,
@@ -97,7 +101,7 @@ class Facts(PlannedData):
         self.known, self.known_in = known, known_in
         self.known_model: str | None = None
         self.encoding = FactEncoding(
-            target_separator, prompt_format, locality_prefix, missing_subjects, max_target_tokens
+            target_separator, prompt_format, locality_prefix, missing_subjects, max_target_tokens, target_end
         )
         self._chosen: FactFile | None = None
 

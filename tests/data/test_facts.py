@@ -261,6 +261,17 @@ def test_braces_in_a_prompt_are_text(tmp_path):
     assert byte_level_tokenizer().decode(batch.rows.ids_BL[0]).startswith("Oslo {} {0} {subject} is in Peru")
 
 
+def test_what_ends_an_answer_is_edited_in_and_not_asked_for(source):
+    tokenizer = byte_level_tokenizer()
+    data = ready(Facts(source, languages=["en"], target_end="\n"), tokenizer=tokenizer)
+    plain = ready(Facts(source, languages=["en"]), tokenizer=tokenizer)
+    edited, without = (next(iter(made.train_dataloader())) for made in (data, plain))
+    for row, length, other in zip(edited.rows.ids_BL, edited.rows.length_B, without.rows.ids_BL, strict=True):
+        text = tokenizer.decode(row[:length])
+        assert text.endswith("\n") and tokenizer.decode(other).startswith(text[:-1])
+    assert not any("\n" in answer for answer in next(iter(data.val_dataloader())).answers)
+
+
 def test_the_separator_can_be_that_of_published_code(source):
     tokenizer = byte_level_tokenizer()
     for rule, text in {"auto": "在秘", "space": "在 秘", "none": "在秘"}.items():
