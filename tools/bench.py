@@ -164,6 +164,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="measured steps per contender")
     parser.add_argument("--warmup", type=int, default=2, help="steps before that, at least 1, which measure memory")
     parser.add_argument("--only", nargs="*", help="names of contenders; of the suite `editing`: values, ROME, MEMIT")
+    parser.add_argument("--facts", nargs="*", type=int, help="numbers of facts, of the suite `editing`")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="of the suite `editing`: not the time passed; for a busy machine"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

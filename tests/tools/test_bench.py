@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def test_a_folder_without_easyedit_is_refused_before_anything_is_measured(tmp_pa
 def test_a_part_that_needs_easyedit_is_refused_without_it():
     done = bench("editing", "--setting", "tiny", "--only", "ROME")
     assert done.returncode != 0 and "ROME and MEMIT need --easyedit CHECKOUT" in done.stderr
+
+
+def test_the_cpu_time_of_several_threads_is_refused():
+    from benchmarks.editing import _clock
+
+    with pytest.raises(SystemExit, match="--cpu-seconds with 2 threads on cpu"):
+        _clock(argparse.Namespace(cpu_seconds=True, threads=2, device="cpu"))
 
 
 @pytest.mark.parametrize("gap", [2e-3, float("nan")])

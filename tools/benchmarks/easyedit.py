@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -95,7 +94,7 @@ class Comparison:
         }
         self._moments: dict[int, Tensor] | None = None
 
-    def measure(self, method: str, count: int, warmup: int, turns: int) -> Measured:
+    def measure(self, method: str, count: int, warmup: int, turns: int, clock: Callable[[], float]) -> Measured:
         """Seconds per fact in turns, and how far both updates are apart.
 
         Args:
@@ -103,6 +102,7 @@ class Comparison:
             count: of facts.
             warmup: turns that are not timed.
             turns: that are.
+            clock: in seconds.
         """
         generator = torch.Generator().manual_seed(count)
         facts = [_fact(self.words, generator) for _ in range(count)]
@@ -113,11 +113,11 @@ class Comparison:
         for turn in range(warmup + turns):
             for side in sides:
                 with self.body.restoring(self.layers):
-                    start = time.perf_counter()
+                    start = clock()
                     side.edit(facts)
                     if self.body.device.type == "cuda":
                         torch.cuda.synchronize()
-                    taken = (time.perf_counter() - start) / count
+                    taken = (clock() - start) / count
                     changes[side.name] = {layer: self.body.weight(layer).detach() - before[layer] for layer in before}
                 if turn >= warmup:
                     seconds[side.name].append(taken)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -35,22 +36,24 @@ def measure(given: argparse.Namespace) -> list[dict]:
     """Rows of the suite: seconds per fact for each number of facts.
 
     Raises:
-        SystemExit: a folder that is no checkout of EasyEdit, an unknown part of the suite, or one that lacks its folder.
+        SystemExit: a folder that is no checkout of EasyEdit, an unknown part of the suite, or one that lacks its folder;
+            CPU time of several threads or of a GPU.
     """
-    parts = _parts(given)
+    parts, clock = _parts(given), _clock(given)
     torch.set_num_threads(given.threads)
     model = _model(given)
     body, head = FeedForwards(model), Head(model.get_output_embeddings().weight)
     updates, counts = _SIZES[given.setting][-2:]
-    rows = _values(given, body, head, updates, counts) if "values" in parts else []
+    rows = _values(given, body, head, updates, given.facts or counts, clock) if "values" in parts else []
     methods = [part for part in parts if part != "values"]
     if methods:
         comparison = easyedit.Comparison(given.easyedit, model, body, head, updates)
         for method in methods:
-            for count in (count for count in counts if count <= easyedit.MOST_FACTS):
-                measured = comparison.measure(method, count, given.warmup, given.steps)
+            for count in given.facts or [count for count in counts if count <= easyedit.MOST_FACTS]:
+                measured = comparison.measure(method, count, given.warmup, given.steps, clock)
                 rows += _rows(count, measured.seconds, measured.gap, easyedit.TOLERANCE)
-    return rows
+    unit = "CPU s per fact" if given.cpu_seconds else "s per fact"
+    return [{unit if name == "s per fact" else name: value for name, value in row.items()} for row in rows]
 
 
 def _parts(given: argparse.Namespace) -> list[str]:
@@ -64,7 +67,16 @@ def _parts(given: argparse.Namespace) -> list[str]:
     return [name for name in possible if not given.only or name in given.only]
 
 
-def _values(given: argparse.Namespace, body: FeedForwards, head: Head, updates: int, counts) -> list[dict]:
+def _clock(given: argparse.Namespace) -> Callable[[], float]:
+    if given.cpu_seconds and (given.threads != 1 or given.device != "cpu"):
+        raise SystemExit(
+            f"bench: --cpu-seconds with {given.threads} threads on {given.device}, but CPU time is that of a free machine for "
+            f"one thread on a CPU alone. Add --threads 1 --device cpu, or leave it out."
+        )
+    return time.process_time if given.cpu_seconds else time.perf_counter
+
+
+def _values(given: argparse.Namespace, body: FeedForwards, head: Head, updates: int, counts, clock) -> list[dict]:
     edited = [body.num_layers // 2, body.num_layers // 2 + 1]
     vocabulary = body.transformer.config.vocab_size
     optimising = Optimising(steps=updates, kl_weight=0.0, stop_loss=0.0, stop_nll=0.0)
@@ -74,16 +86,16 @@ def _values(given: argparse.Namespace, body: FeedForwards, head: Head, updates: 
         neurons = [_neurons(number, body.width, edited) for number in range(count)]
         seconds: dict[str, list[float]] = {"together": [], "one by one": []}
         for turn in range(given.warmup + given.steps):
-            start = time.perf_counter()
+            start = clock()
             together = optimise(body, head, facts, neurons, optimising)
-            middle = time.perf_counter()
+            middle = clock()
             alone = [
                 optimise(body, head, [fact], [chosen], optimising)[0]
                 for fact, chosen in zip(facts, neurons, strict=True)
             ]
             if turn >= given.warmup:
                 seconds["together"].append((middle - start) / count)
-                seconds["one by one"].append((time.perf_counter() - middle) / count)
+                seconds["one by one"].append((clock() - middle) / count)
         rows += _rows(count, seconds, _largest_gap(together, alone), _TOLERANCE)
     return rows
 
