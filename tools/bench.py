@@ -5,7 +5,7 @@
     python tools/bench.py aligndistil --setting A
     python tools/bench.py moe --setting A             # B: 16,384 tokens and up to 64 experts, for a GPU: --device cuda
     python tools/bench.py similarity --steps 5
-    python tools/bench.py editing --setting A --steps 3
+    python tools/bench.py editing --setting A --steps 3 --easyedit CHECKOUT
     python tools/bench.py startup
     python tools/bench.py data --tokenizers STUDENT TEACHER
 
@@ -163,12 +163,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--setting", default="A", help="sizes: A (32,000 tokens), B (151,936) or tiny")
     parser.add_argument("--steps", type=int, default=8, help="measured steps per contender")
     parser.add_argument("--warmup", type=int, default=2, help="steps before that, at least 1, which measure memory")
-    parser.add_argument("--only", nargs="*", help="names of contenders")
+    parser.add_argument("--only", nargs="*", help="names of contenders; of the suite `editing`: values, ROME, MEMIT")
+    parser.add_argument("--facts", nargs="*", type=int, help="numbers of facts, of the suite `editing`")
+    parser.add_argument(
+        "--cpu-seconds", action="store_true", help="of the suite `editing`: not the time passed; for a busy machine"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--dskdv2", help="folder of a checkout of songmzhang/DSKDv2")
     parser.add_argument("--kdflow", help="folder of a checkout of songmzhang/KDFlow")
+    parser.add_argument("--easyedit", help="folder of a checkout of zjunlp/EasyEdit, of the suite `editing`")
     parser.add_argument("--tokenizers", nargs=2, metavar=("STUDENT", "TEACHER"), help="of the suite `data`")
     parser.add_argument("--out", help="append the rows as JSON lines")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.editing.hooks import FeedForwards
-from lit_llm.editing.passes import MAX_TOKENS, neurons_at
+from lit_llm.editing.passes import MAX_TOKENS
 from lit_llm.editing.row_batches import Item, RowBatch, row_batches
 from lit_llm.editing.rows import Apply, Row
 from lit_llm.losses.head import Head
@@ -223,9 +223,9 @@ class SharedValues:
         dtype = torch.float64 if body.dtype == torch.float64 else torch.float32
         self._index_FSn, self._real_FSn = _padded_indices(neurons, self.layers, body.device)
         self.delta_FSn = torch.zeros(self._index_FSn.shape, dtype=dtype, device=body.device, requires_grad=True)
-        self.norm_FS = self._activation_norms().to(dtype)
         self._frozen_F = torch.zeros(len(facts), dtype=torch.bool, device=body.device)
-        self._batches = self._make_batches(range(len(facts)))
+        self._batches = self._make_batches(range(len(facts)), read=True)
+        self.norm_FS = self._activation_norms()
 
     def backward(self, *, gradient: bool = True) -> FactLosses:
         """Losses of all facts that are not dropped; leaves the gradient of their sum in `delta_FSn.grad`.
@@ -281,37 +281,40 @@ class SharedValues:
         return {layer: self.delta_FSn.detach()[fact, s][real_Sn[s]].clone() for s, layer in enumerate(self.layers)}
 
     def _activation_norms(self) -> Tensor:
-        """(F, S)"""
-        rows = [row.bare() for fact in self.facts for row in fact.first_rows()]
-        share = torch.tensor([fact.languages for fact in self.facts], device=self.body.device)
-        owner = torch.arange(len(self.facts), device=self.body.device).repeat_interleave(share)
-        found = neurons_at(self.body, rows, self.layers)
-        norms = []
-        for s, layer in enumerate(self.layers):
-            chosen_Nn = found[layer].to(self.delta_FSn.dtype).gather(1, self._index_FSn[owner, s])
-            square_N = (chosen_Nn**2 * self._real_FSn[owner, s]).sum(-1)
-            norms.append(square_N.new_zeros(len(self.facts)).index_add(0, owner, square_N) / share)
-        return torch.stack(norms, 1)
+        """(F, S); the neurons were kept when the batches were built, which saves a pass over the prompts."""
+        norm_FS = self.delta_FSn.new_zeros(len(self.facts), len(self.layers))
+        languages_F = torch.tensor([fact.languages for fact in self.facts], device=self.body.device)
+        for batch in self._batches:
+            owner_P = batch.neurons_fact_P
+            for s, layer in enumerate(self.layers):
+                chosen_Pn = batch.neurons.pop(layer).to(norm_FS.dtype).gather(1, self._index_FSn[owner_P, s])
+                square_P = (chosen_Pn**2 * self._real_FSn[owner_P, s]).sum(-1)
+                norm_FS[:, s].index_add_(0, owner_P, square_P)
+        return norm_FS / languages_F[:, None]
 
-    def _make_batches(self, facts: Sequence[int]) -> list[RowBatch]:
+    def _make_batches(self, facts: Sequence[int], *, read: bool = False) -> list[RowBatch]:
         items: list[Item] = []
         for fact in facts:
             rows = self.facts[fact]
-            items += [Item(fact, at, *row) for at, row in enumerate(zip(rows.rows, rows.row_weights(), strict=True))]
+            bare = [rows.language_of_row.index(language) for language in range(rows.languages)] if read else []
+            for at, row in enumerate(zip(rows.rows, rows.row_weights(), strict=True)):
+                items.append(Item(fact, at, *row, read=at in bare))
             if self.optimising.kl_weight > 0:
                 items += [Item(fact, None, row, 1 / rows.languages) for row in rows.essence]
         first_layer = self.layers[0] if self._reuse else None
-        return row_batches(self.body, items, self.optimising.apply, first_layer, self._max_tokens)
+        read_layers = self.layers if read else ()
+        return row_batches(self.body, items, self.optimising.apply, first_layer, self._max_tokens, read_layers)
 
     def _hooks(self, batch: RowBatch):
-        touched_N1 = batch.touched_N[:, None]
+        touched_AC1 = batch.touched_AC[..., None]
 
         def change(s: int):
             def add(neurons_Nm: Tensor) -> Tensor:
-                delta_An = (self.delta_FSn * self._real_FSn)[batch.fact_A, s]
-                delta_Am = delta_An.new_zeros(len(delta_An), self.body.width)
-                delta_Am = delta_Am.scatter_add(1, self._index_FSn[batch.fact_A, s], delta_An).to(neurons_Nm.dtype)
-                return torch.addcmul(neurons_Nm, touched_N1.to(neurons_Nm.dtype), delta_Am[batch.row_N])
+                delta_An = (self.delta_FSn[:, s] * self._real_FSn[:, s])[batch.fact_A]
+                delta_ACn = delta_An.to(neurons_Nm.dtype)[:, None] * touched_AC1
+                index_ACn = self._index_FSn[batch.fact_A, s][:, None].expand_as(delta_ACn)
+                neurons_ACm = neurons_Nm.view(*batch.touched_AC.shape, -1)
+                return neurons_ACm.scatter_add(2, index_ACn, delta_ACn).flatten(0, 1)
 
             return add
 

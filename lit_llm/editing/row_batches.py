@@ -1,7 +1,7 @@
 """Rows of similar shape that an optimisation runs again and again, and the two losses that it reads from them.
 
-Shapes: R rows with answers, E essence rows, A = R + E rows, T target positions, C columns that are run, N = A * C, d hidden
-size.
+Shapes: R rows with answers, E essence rows, A = R + E rows, P rows whose neurons are read, T target positions, C columns
+that are run, N = A * C, d hidden size, m neurons of a layer.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ class Item(NamedTuple):
         place: number of the row in its fact; None for an essence prompt, whose predictions are to stay.
         row: the row.
         weight: of its loss.
+        read: whether the untouched model's neurons at its lookup position are kept.
     """
 
     fact: int
     place: int | None
     row: Row
     weight: float
+    read: bool = False
 
 
 class RowBatch:
@@ -48,30 +50,41 @@ class RowBatch:
         items: the rows.
         apply: where rows are changed.
         first_layer: the first block that is changed; None runs the whole model every time.
+        read_layers: whose neurons are kept of the rows that say so.
 
     Attributes:
         fact_A: the fact of each row.
-        row_N: the row of each position of the flattened grid that hooks see.
-        touched_N: whether values are added there; padding behind a row may be among them, nobody reads it.
-        lookup_A: index of each row's lookup position in that grid.
+        touched_AC: whether values are added there, in the grid that hooks see flattened; padding behind a row may be among
+            them, nobody reads it.
+        lookup_A: index of each row's lookup position in that grid, flattened.
         places: fact and number of each row with an answer.
+        neurons: (P, m) by read layer, of the untouched model.
+        neurons_fact_P: the facts of their rows.
     """
 
-    def __init__(self, body: FeedForwards, items: Sequence[Item], apply: Apply, first_layer: int | None) -> None:
+    def __init__(
+        self,
+        body: FeedForwards,
+        items: Sequence[Item],
+        apply: Apply,
+        first_layer: int | None,
+        read_layers: Sequence[int] = (),
+    ) -> None:
         rows, device = [item.row for item in items], body.device
         grid = padded([row.inputs for row in rows], device)
-        read = [
-            item.row.lookup for item in items if item.place is None
-        ]  # before it, nothing is changed and nothing is read
-        first = min([row.first_changed(apply) for row in rows] + read)
-        self._pass: Pass = Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, first)
-        self._first_column, self._columns = self._pass.first_column, grid.ids_RT.shape[1] - self._pass.first_column
         self._device, self._items = device, items
+        self._first_column = 0 if first_layer is None else _first_column(items, apply)
+        self._columns = grid.ids_RT.shape[1] - self._first_column
         self._dtype = torch.float64 if body.dtype == torch.float64 else torch.float32
         self.fact_A = self._integers([item.fact for item in items])
-        self.row_N = torch.arange(len(rows), device=device).repeat_interleave(self._columns)
-        self.touched_N = self._touched(apply)
+        self.touched_AC = self._touched(apply)
         self.lookup_A = self._integers([self._flat(at, row.lookup) for at, row in enumerate(rows)])
+        self.neurons: dict[int, Tensor] = {}
+        self.neurons_fact_P = self._integers([item.fact for item in items if item.read])
+        with body.at_inputs({layer: self._reader(layer) for layer in read_layers}):
+            self._pass: Pass = (
+                Whole(body, grid) if first_layer is None else Restarted(body, grid, first_layer, self._first_column)
+            )
         answers = [at for at, item in enumerate(items) if item.place is not None]
         essence = [at for at, item in enumerate(items) if item.place is None]
         self.places = [(items[at].fact, items[at].place) for at in answers]
@@ -96,6 +109,21 @@ class RowBatch:
             kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
         return nll_F, kl_F, nll_R.detach()
 
+    def _reader(self, layer: int):
+        """Keeps neurons of the passes of one building: of the columns that run once, then of the others."""
+        reading, seen = [(number, item.row.lookup) for number, item in enumerate(self._items) if item.read], 0
+        row_P, lookup_P = (self._integers([pair[side] for pair in reading]) for side in (0, 1))
+
+        def keep(neurons_Nm: Tensor) -> None:
+            nonlocal seen
+            neurons_ACm = neurons_Nm.view(len(self._items), -1, neurons_Nm.shape[-1])
+            found_Pm = self.neurons.setdefault(layer, neurons_Nm.new_empty(len(reading), neurons_Nm.shape[-1]))
+            here_P = (lookup_P >= seen) & (lookup_P < seen + neurons_ACm.shape[1])
+            found_Pm[here_P] = neurons_ACm[row_P[here_P], lookup_P[here_P] - seen]
+            seen += neurons_ACm.shape[1]
+
+        return keep
+
     def _read_answers(self, answers: Sequence[int]) -> None:
         at_T, target_T, owner_T, length_T = [], [], [], []
         for order, at in enumerate(answers):
@@ -111,7 +139,7 @@ class RowBatch:
     def _touched(self, apply: Apply) -> Tensor:
         column_C = torch.arange(self._first_column, self._first_column + self._columns, device=self._device)
         first_A1 = self._integers([item.row.first_changed(apply) for item in self._items])[:, None]
-        return (column_C >= first_A1 if apply == "tail" else column_C == first_A1).flatten()
+        return column_C >= first_A1 if apply == "tail" else column_C == first_A1
 
     def _flat(self, at: int, position: int) -> int:
         return at * self._columns + position - self._first_column
@@ -124,20 +152,28 @@ class RowBatch:
 
 
 def row_batches(
-    body: FeedForwards, items: Sequence[Item], apply: Apply, first_layer: int | None, max_tokens: int
+    body: FeedForwards,
+    items: Sequence[Item],
+    apply: Apply,
+    first_layer: int | None,
+    max_tokens: int,
+    read_layers: Sequence[int] = (),
 ) -> list[RowBatch]:
     """Rows in batches of similar ones: columns before the first changed one run once, so rows that change early and late go
-    apart.
+    apart. Arguments as in `RowBatch`.
     """
     reuse = first_layer is not None
     alike: dict[int, list[Item]] = {}
     for item in items:
-        first = (
-            min(item.row.first_changed(apply), item.row.lookup) if item.place is None else item.row.first_changed(apply)
-        )
-        alike.setdefault(first // _COLUMNS_APART if reuse else 0, []).append(item)
+        alike.setdefault(_first_column([item], apply) // _COLUMNS_APART if reuse else 0, []).append(item)
     return [
-        RowBatch(body, [group[index] for index in chosen], apply, first_layer)
+        RowBatch(body, [group[index] for index in chosen], apply, first_layer, read_layers)
         for group in alike.values()
         for chosen in bunches([(0, len(item.row.inputs)) for item in group], max_tokens)
     ]
+
+
+def _first_column(items: Sequence[Item], apply: Apply) -> int:
+    """Before it, nothing is changed and nothing is read."""
+    looked_up = [item.row.lookup for item in items if item.place is None]
+    return min([item.row.first_changed(apply) for item in items] + looked_up)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -93,3 +94,31 @@ def test_facts_edited_together_get_the_values_that_they_get_alone(tmp_path):
         f"{count} facts, {how}" for count in (1, 4) for how in ("together", "one by one")
     ]
     assert all(row["gap"] <= 1e-4 and row["s per fact"] > 0 for row in rows)
+
+
+def test_a_folder_without_easyedit_is_refused_before_anything_is_measured(tmp_path):
+    done = bench("editing", "--setting", "tiny", "--steps", "1", "--threads", "1", "--easyedit", str(tmp_path))
+    assert done.returncode != 0 and done.stdout == "" and "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert f"--easyedit is {tmp_path}" in line and "rome_main.py is missing" in line and "zjunlp/EasyEdit" in line
+
+
+def test_a_part_that_needs_easyedit_is_refused_without_it():
+    done = bench("editing", "--setting", "tiny", "--only", "ROME")
+    assert done.returncode != 0 and "ROME and MEMIT need --easyedit CHECKOUT" in done.stderr
+
+
+def test_the_cpu_time_of_several_threads_is_refused():
+    from benchmarks.editing import _clock
+
+    with pytest.raises(SystemExit, match="--cpu-seconds with 2 threads on cpu"):
+        _clock(argparse.Namespace(cpu_seconds=True, threads=2, device="cpu"))
+
+
+@pytest.mark.parametrize("gap", [2e-3, float("nan")])
+def test_edits_that_differ_are_void_and_show_no_speed(gap):
+    from benchmarks.editing import _rows
+
+    right, wrong = (_rows(8, {"ours": [1.0, 3.0, 1.0], "theirs": [4.0, 4.0, 4.0]}, g, 1e-3) for g in (1e-3, gap))
+    assert [row["our speed-up"] for row in right] == [1.0, 4.0] and not any("void" in row for row in right)
+    assert all(row["void"] == "void" and row["s per fact"] is None and row["our speed-up"] is None for row in wrong)

@@ -1,7 +1,9 @@
-"""Suite `editing`: seconds per fact of the shared values of LU-LAFN, facts optimised together and one by one.
+"""Suite `editing`: seconds per fact of the shared values of LU-LAFN, facts optimised together and one by one; and of ROME
+and MEMIT beside EasyEdit's, where the folder of its checkout is given.
 
-Both optimise the same random facts of a random Llama in four languages, for the same number of steps, in turns. A number of
-facts whose values differ by more than 1e-4 between the two is void: its rows say so and show no speed.
+All edit the same random Llama, in turns, with the same number of updates for all contenders. LU-LAFN's facts have four
+languages; the gap is the largest difference of a value, and 1e-4 is allowed. For the others see `easyedit`. A number of facts
+with a larger gap is void: its rows say so and show no speed.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import easyedit
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.optimise import FactRows, Optimised, Optimising, optimise
 from lit_llm.editing.rows import Row
@@ -29,39 +33,82 @@ _TOLERANCE = 1e-4
 
 
 def measure(given: argparse.Namespace) -> list[dict]:
-    """Rows of the suite: seconds per fact for each number of facts, together and one by one."""
+    """Rows of the suite: seconds per fact for each number of facts.
+
+    Raises:
+        SystemExit: a folder that is no checkout of EasyEdit, an unknown part of the suite, or one that lacks its folder;
+            CPU time of several threads or of a GPU.
+    """
+    parts, clock = _parts(given), _clock(given)
     torch.set_num_threads(given.threads)
-    hidden, width, layers, vocabulary, steps, counts = _SIZES[given.setting]
-    body, head = _model(given, hidden, width, layers, vocabulary)
-    edited = [layers // 2, layers // 2 + 1]
-    optimising = Optimising(steps=steps, kl_weight=0.0, stop_loss=0.0, stop_nll=0.0)
+    model = _model(given)
+    body, head = FeedForwards(model), Head(model.get_output_embeddings().weight)
+    updates, counts = _SIZES[given.setting][-2:]
+    rows = _values(given, body, head, updates, given.facts or counts, clock) if "values" in parts else []
+    methods = [part for part in parts if part != "values"]
+    if methods:
+        comparison = easyedit.Comparison(given.easyedit, model, body, head, updates)
+        for method in methods:
+            for count in given.facts or [count for count in counts if count <= easyedit.MOST_FACTS]:
+                measured = comparison.measure(method, count, given.warmup, given.steps, clock)
+                rows += _rows(count, measured.seconds, measured.gap, easyedit.TOLERANCE)
+    unit = "CPU s per fact" if given.cpu_seconds else "s per fact"
+    return [{unit if name == "s per fact" else name: value for name, value in row.items()} for row in rows]
+
+
+def _parts(given: argparse.Namespace) -> list[str]:
+    if given.easyedit:
+        easyedit.check_folder(given.easyedit)
+    possible = ["values", *(("ROME", "MEMIT") if given.easyedit else ())]
+    unknown = [name for name in given.only or () if name not in possible]
+    if unknown:
+        told = "" if given.easyedit else "; ROME and MEMIT need --easyedit CHECKOUT"
+        raise SystemExit(f"bench: --only names {', '.join(unknown)}, but here are {', '.join(possible)}{told}.")
+    return [name for name in possible if not given.only or name in given.only]
+
+
+def _clock(given: argparse.Namespace) -> Callable[[], float]:
+    if given.cpu_seconds and (given.threads != 1 or given.device != "cpu"):
+        raise SystemExit(
+            f"bench: --cpu-seconds with {given.threads} threads on {given.device}, but CPU time is that of a free machine for "
+            f"one thread on a CPU alone. Add --threads 1 --device cpu, or leave it out."
+        )
+    return time.process_time if given.cpu_seconds else time.perf_counter
+
+
+def _values(given: argparse.Namespace, body: FeedForwards, head: Head, updates: int, counts, clock) -> list[dict]:
+    edited = [body.num_layers // 2, body.num_layers // 2 + 1]
+    vocabulary = body.transformer.config.vocab_size
+    optimising = Optimising(steps=updates, kl_weight=0.0, stop_loss=0.0, stop_nll=0.0)
     rows = []
     for count in counts:
         facts = [_fact(number, vocabulary) for number in range(count)]
-        neurons = [_neurons(number, width, edited) for number in range(count)]
+        neurons = [_neurons(number, body.width, edited) for number in range(count)]
         seconds: dict[str, list[float]] = {"together": [], "one by one": []}
         for turn in range(given.warmup + given.steps):
-            start = time.perf_counter()
+            start = clock()
             together = optimise(body, head, facts, neurons, optimising)
-            middle = time.perf_counter()
+            middle = clock()
             alone = [
                 optimise(body, head, [fact], [chosen], optimising)[0]
                 for fact, chosen in zip(facts, neurons, strict=True)
             ]
             if turn >= given.warmup:
                 seconds["together"].append((middle - start) / count)
-                seconds["one by one"].append((time.perf_counter() - middle) / count)
-        rows += _rows(count, seconds, _largest_gap(together, alone))
+                seconds["one by one"].append((clock() - middle) / count)
+        rows += _rows(count, seconds, _largest_gap(together, alone), _TOLERANCE)
     return rows
 
 
-def _rows(count: int, seconds: dict[str, list[float]], gap: float) -> list[dict]:
-    ours = statistics.median(seconds["together"])
+def _rows(count: int, seconds: dict[str, list[float]], gap: float, tolerance: float) -> list[dict]:
+    """One row per contender, ours first; void where the gap is above the tolerance, or no number."""
+    ours = statistics.median(next(iter(seconds.values())))
     rows = []
     for name, taken in seconds.items():
         median = statistics.median(taken)
         row = {"contender": f"{count} facts, {name}", "s per fact": median, "gap": gap, "our speed-up": median / ours}
-        rows.append(row | {"void": "void", "s per fact": None, "our speed-up": None} if gap > _TOLERANCE else row)
+        void = {} if gap <= tolerance else {"void": "void", "s per fact": None, "our speed-up": None}
+        rows.append(row | void)
     return rows
 
 
@@ -73,9 +120,8 @@ def _largest_gap(together: list[Optimised], alone: list[Optimised]) -> float:
     )
 
 
-def _model(
-    given: argparse.Namespace, hidden: int, width: int, layers: int, vocabulary: int
-) -> tuple[FeedForwards, Head]:
+def _model(given: argparse.Namespace) -> LlamaForCausalLM:
+    hidden, width, layers, vocabulary = _SIZES[given.setting][:4]
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -87,8 +133,7 @@ def _model(
         initializer_range=0.1,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(given.device, getattr(torch, given.dtype)).eval().requires_grad_(False)
-    return FeedForwards(model), Head(model.get_output_embeddings().weight)
+    return LlamaForCausalLM(config).to(given.device, getattr(torch, given.dtype)).eval().requires_grad_(False)
 
 
 def _fact(number: int, vocabulary: int) -> FactRows:

@@ -1,8 +1,10 @@
-"""Imports a criterion from a checkout of the authors' code, with only what it touches beside it."""
+"""Imports a module from a checkout of the authors' code, with only what it touches beside it."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -23,7 +25,8 @@ def load_module(folder: str | None, name: str) -> ModuleType:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     _stand_ins(root, name.split(".")[0])
-    return importlib.import_module(name)
+    with _named_only("matplotlib.style", "context") if name.startswith("easyeditor.") else contextlib.nullcontext():
+        return importlib.import_module(name)
 
 
 def _root(folder: Path, name: str) -> Path:
@@ -35,6 +38,9 @@ def _root(folder: Path, name: str) -> Path:
 
 
 def _stand_ins(root: Path, package: str) -> None:
+    if package == "easyeditor":
+        _easyedit(root / "easyeditor")
+        return
     if not torch.distributed.is_initialized():
         # the authors' logging reduces over ranks; one process is a group of one
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -49,6 +55,27 @@ def _stand_ins(root: Path, package: str) -> None:
         utils = _package("kdflow.utils", root / "kdflow" / "utils")
         utils.logging_utils = types.SimpleNamespace(init_logger=logging.getLogger)
         sys.modules["kdflow.utils.logging_utils"] = utils.logging_utils
+
+
+def _easyedit(folder: Path) -> None:
+    for name in ("", ".models", ".models.rome", ".models.memit", ".util"):
+        _package(f"easyeditor{name}", folder.joinpath(*name.split(".")))
+
+
+@contextlib.contextmanager
+def _named_only(name: str, attribute: str):
+    """While open, a module that is imported for a name that nobody uses exists, also where its package is not installed."""
+    package = name.split(".")[0]
+    if importlib.util.find_spec(package) is not None:
+        yield
+        return
+    module = ModuleType(name)
+    setattr(module, attribute, None)
+    sys.modules.update({package: ModuleType(package), name: module})
+    try:
+        yield
+    finally:
+        del sys.modules[package], sys.modules[name]
 
 
 def _package(name: str, folder: Path) -> ModuleType:
