@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 
 import numpy
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch, LanguageBatch
@@ -26,6 +27,7 @@ from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.models.sharding import whole_shape
 
 _LEARNED_FROM = {
     Instructions: "prompts with answers",
@@ -213,9 +215,12 @@ class Method(Answering):
             self.log(f"train/{name}", mean, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        norm = self._gradient_norm(self.parameters())
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/grad_norm", norm)
+        if not isinstance(
+            self.trainer.strategy, DeepSpeedStrategy
+        ):  # which clips by itself, and says the norm afterwards
+            norm = self._gradient_norm(self.parameters())
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def step_weight(self, batch: DistillationBatch, count: int) -> float:
@@ -238,6 +243,13 @@ class Method(Answering):
         hidden_TD = self.student.hidden(batch.student)
         terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         return terms.loss * (weight * self.step_weight(batch, batch.step_tokens))
+
+    def check_divided(self) -> None:
+        """Asked before gradients and optimizer are divided among processes.
+
+        Raises:
+            ValueError: a setting that needs them whole.
+        """
 
     @staticmethod
     def _gradient_norm(parameters) -> Tensor:
@@ -317,7 +329,7 @@ class Method(Answering):
         return {
             "method": type(self).__name__,
             "student": str(self.student_spec.source or self.student_spec.config),
-            "student_shapes": {name: list(p.shape) for name, p in list(self.student.named_parameters())[:1]},
+            "student_shapes": {name: list(whole_shape(p)) for name, p in list(self.student.named_parameters())[:1]},
             "student_parameters": self.student.num_parameters,
         }
 
