@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 
 from lit_llm.models.language_model import Frozen
-from lit_llm.models.sharding import gathered
+from lit_llm.models.sharding import gathered, remember_offload
 from lit_llm.storage import replace_folder
-from lit_llm.zero_checkpoint import TAG, check_processes, tensors_only
+from lit_llm.zero_checkpoint import check_processes, tensors_only
 
 _MINUTES = 30
 
@@ -125,13 +125,18 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer, lr_scheduler=None):
         check = getattr(model, "check_divided", None)
         if check is not None:
-            check()
+            check(weights=self.zero_stage_3)
         self._divide(model)
-        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+        if self.zero_stage_3:
+            remember_offload(optimizer.parameter_offload)
+        return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         self._divide(model)
         super()._initialize_deepspeed_inference(model)
+        if self.zero_stage_3:
+            remember_offload(self.deepspeed_engine.optimizer)
 
     def _divide(self, model: nn.Module) -> None:
         """Stage 3: keep a part of every parameter, one after the other, and bring everything else to the device."""
@@ -157,6 +162,19 @@ class ZeroStrategy(DeepSpeedStrategy):
         return result
 
     # ------------------------------------------------------------- evaluation
+
+    def validation_step(self, *args: Any) -> Any:
+        """Without the engine, whose first module would wait for those of the other processes."""
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args)
+
+    def test_step(self, *args: Any) -> Any:
+        with self.precision_plugin.test_step_context():
+            return self.lightning_module.test_step(*args)
+
+    def predict_step(self, *args: Any) -> Any:
+        with self.precision_plugin.predict_step_context():
+            return self.lightning_module.predict_step(*args)
 
     def on_validation_start(self) -> None:
         self._gather()

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 
 import torch
 from torch import nn
-
-_claims = count(start=-1, step=-1)  # DeepSpeed numbers its own from 0 on
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -26,37 +23,28 @@ def whole_numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def is_divided(module: nn.Module) -> bool:
-    """Whether a module has parameters that are divided among processes."""
-    return any(hasattr(parameter, "ds_status") for parameter in module.parameters())
-
-
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
     """Within the block every process holds all weights of a module, however often, and in whatever order, each runs it.
 
-    All processes enter and leave together. Inside, gradients may be formed as well.
+    All processes enter and leave together. Not for backward passes.
     """
-    divided = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_status")]
+    divided = divided_parameters(module)
     if not divided:
         yield
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    _let_arrive(divided)
     missing = [parameter for parameter in divided if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     if missing:
         missing[0].all_gather(param_list=missing)
-    claim = next(_claims)
-    for parameter in divided:  # as a module in use claims its parameters, so that nothing lets go of them
-        parameter.ds_active_sub_modules.add(claim)
     try:
-        yield
+        with _without_fetching(divided):
+            yield
     finally:
-        for parameter in divided:
-            parameter.ds_active_sub_modules.discard(claim)
-        unused = [parameter for parameter in missing if not parameter.ds_active_sub_modules]
-        if unused:
-            unused[0].partition(param_list=unused, has_been_updated=False)
+        if missing:
+            missing[0].partition(param_list=missing, has_been_updated=False)
 
 
 @contextmanager
@@ -70,20 +58,64 @@ def whole_on(module: nn.Module, here: bool) -> Iterator[None]:
         module: divided or not.
         here: whether this process asks.
     """
-    divided = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_status")]
-    copies = []
+    divided, copies = divided_parameters(module), []
     if divided:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
+        _let_arrive(divided)
         for parameter in divided:
             with GatheredParameters([parameter]):
                 if here:
                     copies.append(parameter.data.to("cpu", copy=True))
     parts = [parameter.data for parameter in divided]
     try:
-        for parameter, copied in zip(divided, copies):
+        for parameter, copied in zip(divided, copies):  # none where they are not asked for
             parameter.data = copied
         yield
     finally:
         for parameter, part in zip(divided, parts, strict=True):
             parameter.data = part
+
+
+def divided_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module of which this process holds a part."""
+    return [parameter for parameter in module.parameters() if hasattr(parameter, "ds_status")]
+
+
+def remember_offload(offload) -> None:
+    """Let parameters know who fetches them: DeepSpeed's `DeepSpeedZeRoOffload`."""
+    for parameter in divided_parameters(offload.module):
+        parameter.divided_by = offload
+
+
+def _offload(divided: list[nn.Parameter]):
+    return getattr(divided[0], "divided_by", None)
+
+
+def _let_arrive(divided: list[nn.Parameter]) -> None:
+    """What was asked for ahead of its use comes, and is let go again."""
+    if (offload := _offload(divided)) is not None:
+        offload.get_param_coordinator()._clean_inflight_param_registry()
+
+
+@contextmanager
+def _without_fetching(divided: list[nn.Parameter]) -> Iterator[None]:
+    """Within the block modules neither gather nor release, and nobody compares the order of their calls among processes."""
+    offload = _offload(divided)
+    if offload is None:
+        yield
+        return
+    from deepspeed.runtime.zero import parameter_offload
+
+    before = dict(vars(offload))
+    # a module's hook takes itself from the stack again
+    offload.pre_sub_module_forward_function = lambda module: parameter_offload.FWD_MODULE_STACK.append(module)
+    offload.post_sub_module_forward_function = lambda module: None
+    try:
+        yield
+    finally:
+        for name in ("pre_sub_module_forward_function", "post_sub_module_forward_function"):
+            if name in before:  # a block around this one
+                setattr(offload, name, before[name])
+            else:
+                delattr(offload, name)
