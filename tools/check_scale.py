@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,31 +67,41 @@ def main() -> None:
     parser.add_argument("--no_resume", action="store_true", help="leave out the stop and what follows it")
     parser.add_argument("--nodes", action="store_true", help="two agents on loopback instead, under DDP")
     parser.add_argument("--json", help="write what was found to this file")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work is not None:
-        Worker(Path(options.work), options).run()
-        return
+    if "moe2" in options.cases and "moe1" not in options.cases:
+        parser.error("--cases moe2 continues the model of moe1. Name moe1 before it.")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        found = two_nodes(work) if options.nodes else zero_beside_ddp(work, options.cases)
+        found = two_nodes(work) if options.nodes else zero_beside_ddp(work, options)
         if options.json:
             Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
         print(table(found))
 
 
-def zero_beside_ddp(work: Path, cases: list[str]) -> list[dict]:
-    """Write the configs, start two processes with torchrun, and collect what the first one notes."""
-    for name in cases:
+def zero_beside_ddp(work: Path, options: argparse.Namespace) -> list[dict]:
+    """Write the configs, fork two processes, and collect what the first one notes."""
+    os.environ.update(environment(work), DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
+    import deepspeed  # noqa: F401  once for both
+    import torch
+
+    import lit_llm.training_cli  # noqa: F401
+
+    torch.set_num_threads(1)
+    for name in options.cases:
         write_config(work / name, CASES[name][0])
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "--work", str(work)]
-    done = subprocess.run([sys.executable, "-m", *launch, *sys.argv[1:]], env=environment(work), check=False)
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    workers = [fork.Process(target=Worker, args=(work, options, rank, port)) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        if any(worker.exitcode for worker in workers):
+            for worker in workers:
+                worker.kill()
+        time.sleep(0.1)
     noted = work / "found.jsonl"
     found = [json.loads(line) for line in noted.read_text().splitlines()] if noted.exists() else []
-    if done.returncode:
-        sys.exit(
-            f"{table(found)}\ncheck_scale: the processes ended with status {done.returncode}; their messages are above."
-        )
+    if any(worker.exitcode for worker in workers):
+        sys.exit(f"{table(found)}\ncheck_scale: a process failed; its messages are above.")
     return found
 
 
@@ -132,18 +144,15 @@ def two_nodes(work: Path) -> list[dict]:
 class Worker:
     """One of the two processes: runs every case, and notes what it finds if it is the first."""
 
-    def __init__(self, work: Path, options: argparse.Namespace) -> None:
-        self.work, self.options = work, options
-        self.first = os.environ["RANK"] == "0"
+    def __init__(self, work: Path, options: argparse.Namespace, rank: int, port: int) -> None:
+        self.work, self.options, self.first = work, options, rank == 0
         self.counted: dict[str, object] = {}
-
-    def run(self) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        for name in self.options.cases:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})  # as torchrun does
+        for name in options.cases:
             self.fit(name, "ddp", "--trainer.strategy=ddp")
-            for stage in self.options.stages:
+            for stage in options.stages:
                 self.note(name, stage)
 
     def note(self, name: str, stage: int) -> None:
@@ -219,10 +228,10 @@ def write_config(folder: Path, method: str) -> None:
 
     if method.startswith("moe"):
         few = {"row_length": 8, "batch_size": 1}  # so that some experts get no token in one of the processes
-        expand = {"expand": {"experts": [6, 1, 4]}}
-        path = language_config(folder, 1, model=expand, data=few, max_steps=STEPS, val_check_interval=STEPS)
-        if method == "moe2":
-            path = second_stage(folder, path, few)
+        first = {"expand": {"experts": [6, 1, 4]}} if method == "moe1" else {"classifier_layers": [0]}
+        source = folder.parent / "moe1" / "runs" / "moe1" / "ddp" / "model" if method == "moe2" else None
+        steps = {"max_steps": STEPS, "val_check_interval": STEPS}
+        path = language_config(folder, int(method[-1]), source=source, model=first, data=few, **steps)
         config = yaml.safe_load(path.read_text())
         config["data"]["init_args"]["validation_tokens"] = 40
     else:
@@ -234,17 +243,6 @@ def write_config(folder: Path, method: str) -> None:
     config["model"]["init_args"]["optimization"]["schedule"] = "constant"
     config["run"]["name"] = folder.name
     (folder / f"{folder.name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-
-
-def second_stage(folder: Path, first: Path, data: dict) -> Path:
-    """The config of stage 2, on the model of a first stage that is trained here."""
-    from tests.tiny_languages import language_config
-
-    command = ["fit", "--config", str(first), "--run.version=first", "--trainer.max_steps=1"]
-    subprocess.run([sys.executable, "-m", "lit_llm", *command], env=environment(folder), check=True)
-    source = folder / "runs" / first.stem / "first" / "model"
-    review = {"classifier_layers": [0]}
-    return language_config(folder, 2, source=source, model=review, data=data, max_steps=STEPS, val_check_interval=STEPS)
 
 
 def strategy(stage: int) -> dict:
