@@ -64,12 +64,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
-    parser.add_argument("--no_resume", action="store_true", help="leave out the stop and what follows it")
+    parser.add_argument(
+        "--resume", nargs="*", choices=list(CASES), help="cases that are stopped and continued; default: all"
+    )
     parser.add_argument("--nodes", action="store_true", help="two agents on loopback instead, under DDP")
     parser.add_argument("--json", help="write what was found to this file")
     options = parser.parse_args()
     if "moe2" in options.cases and "moe1" not in options.cases:
         parser.error("--cases moe2 continues the model of moe1. Name moe1 before it.")
+    options.resume = options.cases if options.resume is None else options.resume
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         found = two_nodes(work) if options.nodes else zero_beside_ddp(work, options)
@@ -159,13 +162,13 @@ class Worker:
         zero, folder = [f"--trainer.strategy={json.dumps(strategy(stage))}"], self.work / name / "runs" / name
         self.fit(name, f"z{stage}", *zero)
         counted = dict(self.counted)
-        if not self.options.no_resume:
+        if name in self.options.resume:
             self.fit(name, f"r{stage}", *zero, f"--trainer.max_steps={STOP}")
             self.fit(name, f"r{stage}", *zero, f"--ckpt_path={folder / f'r{stage}' / 'checkpoints' / 'last.ckpt'}")
             if self.first:
                 self.export(name, stage, *zero)
         if self.first:
-            found = {"case": name, "stage": stage, **self.compared(folder, stage), **counted}
+            found = {"case": name, "stage": stage, **self.compared(name, stage), **counted}
             with (self.work / "found.jsonl").open("a") as file:
                 file.write(json.dumps(found) + "\n")
 
@@ -193,11 +196,12 @@ class Worker:
         arguments += ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--to", str(folder / "exported")]
         TrainingCLI.run(["export", *arguments])
 
-    def compared(self, folder: Path, stage: int) -> dict:
+    def compared(self, name: str, stage: int) -> dict:
         import torch
 
         from lit_llm.zero_checkpoint import read_weights
 
+        folder = self.work / name / "runs" / name
         ddp, zero, resumed = folder / "ddp", folder / f"z{stage}", folder / f"r{stage}"
         (ours, names), (theirs, their_names) = metrics(zero), metrics(ddp)
         found = {
@@ -211,7 +215,7 @@ class Worker:
         saved = read_weights(zero / "checkpoints" / "last.ckpt")
         found["in_checkpoint"] = f"{len(saved)}, {len(file['state_dict'])}"
         found["other_names"] = sorted(saved.keys() ^ file["state_dict"].keys())
-        if not self.options.no_resume:
+        if name in self.options.resume:
             found |= {
                 "resumed": weight_gap(resumed, zero),
                 "export": weight_gap(resumed / "exported", resumed / "model"),
