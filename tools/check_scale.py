@@ -56,6 +56,15 @@ CASES = {  # name -> config of the tests, options
     "moe1": ("moe1", []),
     "moe2": ("moe2", []),
 }
+OFFLOADED = {"offload_optimizer": True}
+DIVIDED = {"stage": 3, "whole_below": 0}  # even the smallest parameter, for in a tiny model all are small
+STAGES = {
+    "1": {"stage": 1},
+    "2": {"stage": 2},
+    "2_offload": {"stage": 2, **OFFLOADED},
+    "3": DIVIDED,
+    "3_offload": {**DIVIDED, **OFFLOADED, "offload_parameters": True},
+}
 STEPS, STOP = 4, 2
 COLUMNS = ("loss", "norm", "val", "weights", "resumed", "export", "in_checkpoint", "head")
 
@@ -63,7 +72,7 @@ COLUMNS = ("loss", "norm", "val", "weights", "resumed", "export", "in_checkpoint
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
     parser.add_argument(
         "--resume", nargs="*", choices=list(CASES), help="cases that are stopped and continued; default: all"
     )
@@ -158,8 +167,9 @@ class Worker:
             for stage in options.stages:
                 self.note(name, stage)
 
-    def note(self, name: str, stage: int) -> None:
-        zero, folder = [f"--trainer.strategy={json.dumps(strategy(stage))}"], self.work / name / "runs" / name
+    def note(self, name: str, stage: str) -> None:
+        strategy = {"class_path": "lit_llm.zero_strategy.ZeroStrategy", "init_args": STAGES[stage]}
+        zero, folder = [f"--trainer.strategy={json.dumps(strategy)}"], self.work / name / "runs" / name
         self.fit(name, f"z{stage}", *zero)
         counted = dict(self.counted)
         if name in self.options.resume:
@@ -182,7 +192,7 @@ class Worker:
         for callback in cli.trainer.callbacks:
             self.counted |= getattr(callback, "counted", {})
 
-    def export(self, name: str, stage: int, *options: str) -> None:
+    def export(self, name: str, stage: str, *options: str) -> None:
         from lit_llm.training_cli import TrainingCLI
 
         folder = self.work / name / "runs" / name / f"r{stage}"
@@ -196,7 +206,7 @@ class Worker:
         arguments += ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), "--to", str(folder / "exported")]
         TrainingCLI.run(["export", *arguments])
 
-    def compared(self, name: str, stage: int) -> dict:
+    def compared(self, name: str, stage: str) -> dict:
         import torch
 
         from lit_llm.zero_checkpoint import read_weights
@@ -249,12 +259,6 @@ def write_config(folder: Path, method: str) -> None:
     (folder / f"{folder.name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def strategy(stage: int) -> dict:
-    """Stage 3 divides even the smallest parameter, for in a tiny model all are small."""
-    settings = {"stage": stage, **({"whole_below": 0} if stage == 3 else {})}
-    return {"class_path": "lit_llm.zero_strategy.ZeroStrategy", "init_args": settings}
-
-
 def metrics(run: Path) -> tuple[dict[str, list[float]], set[str]]:
     """Values of a run's metrics.csv by name, and the names."""
     import csv
@@ -292,7 +296,7 @@ def weight_gap(ours: Path, theirs: Path) -> float:
 def table(found: list[dict]) -> str:
     lines = [("case", "stage", *(name.replace("_", " ") for name in COLUMNS)), ("---",) * (2 + len(COLUMNS))]
     for row in found:
-        lines.append((row["case"], str(row["stage"]), *(written(row.get(name)) for name in COLUMNS)))
+        lines.append((row["case"], row["stage"], *(written(row.get(name)) for name in COLUMNS)))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
