@@ -186,11 +186,18 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_nested(config)
         check_settings(config.trainer, config.checkpoint)
+        self._set_strategy_aside(config.trainer)
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
         self._use_stages(config)
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run folder keeps the config that it was trained with
+
+    def _set_strategy_aside(self, trainer) -> None:
+        """Where no process will be joined, what joins them need not be installed."""
+        self._strategy = trainer.strategy
+        if self.subcommand in ("plan", "export") and isinstance(self._strategy, Namespace):
+            trainer.strategy = "auto"
 
     def _use_stages(self, config) -> None:
         """Run the stages that are missing, and put their models in the place of `stage:NAME`."""
@@ -247,7 +254,7 @@ class TrainingCLI(LightningCLI):
         # a plan for eight GPUs can be made on a laptop
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         trainer = super().instantiate_trainer(**{**kwargs, **here, "logger": False, "profiler": None})
-        trainer.planned = _planned(settings, trainer)
+        trainer.planned = _planned(settings, trainer, self._strategy)
         return trainer
 
     def _choose_run_folder(self, config) -> None:
@@ -274,18 +281,18 @@ class TrainingCLI(LightningCLI):
             )
 
 
-def _planned(settings, trainer: Trainer):
+def _planned(settings, trainer: Trainer, strategy: Any):
     """The part of the trainer's config that a plan depends on."""
     from lit_llm.planning.process import keeps_freed_blocks
     from lit_llm.planning.tokens import Setup
 
-    accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
+    accelerator = settings.get("accelerator") or "auto"
     counts = {name: settings.get(name) or 1 for name in ("devices", "num_nodes")}
     notes = [
         f"trainer.{name} is {value!r}; one is assumed" for name, value in counts.items() if not str(value).isdigit()
     ]
     if str(strategy) not in ("auto", "ddp"):
-        named = strategy if isinstance(strategy, str) else type(strategy).__name__
+        named = strategy if isinstance(strategy, str) else strategy.class_path
         notes.append(f"trainer.strategy is {named}; the plan is for a process that holds everything, as ddp does")
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if on_gpu:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from lit_llm.checkpoint_io import read_checkpoint
 from lit_llm.models.language_model import Frozen
 from lit_llm.models.sharding import gathered, remember_offload
 from lit_llm.storage import replace_folder
@@ -133,10 +136,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         return engine, optimizer
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        self._divide(model)
-        super()._initialize_deepspeed_inference(model)
-        if self.zero_stage_3:
-            remember_offload(self.deepspeed_engine.optimizer)
+        """Evaluation alone needs no engine: every process holds all weights then, as during validation."""
+        self.model = model.to(self.root_device)
 
     def _divide(self, model: nn.Module) -> None:
         """Stage 3: keep a part of every parameter, one after the other, and bring everything else to the device."""
@@ -144,6 +145,12 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         import deepspeed
 
+        dtype = (
+            self.precision_plugin._desired_dtype
+        )  # as DeepSpeed does for the other stages: the optimizer's copy is float32
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         offload = self.config["zero_optimization"].get("offload_param", {})
         deepspeed.zero.Init(module=model, config_dict_or_path=self.config, remote_device=offload.get("device"))
         for module in model.modules():
@@ -217,6 +224,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.barrier("a checkpoint has its name")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        check_processes(Path(checkpoint_path), self.world_size)
+        path = Path(checkpoint_path)
+        if not self._fits:
+            return read_checkpoint(path, weights=True)
+        check_processes(path, self.world_size)
         with tensors_only(weights_only is not False):
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            return super().load_checkpoint(path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._fits:  # else the engine has read its parts
+            self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    @property
+    def _fits(self) -> bool:
+        return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
