@@ -60,7 +60,7 @@ def check_settings(trainer: Any, checkpoint: Any) -> None:
 
 
 def _check_strategy(strategy: Any) -> None:
-    name = strategy if isinstance(strategy, str) else str(strategy.get("class_path", ""))
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
     kind = name.rsplit(".", 1)[-1].lower()
     if kind.startswith("deepspeed"):
         raise ValueError(
