@@ -46,8 +46,8 @@ def found(tmp_path_factory) -> dict[tuple[str, str], dict]:
 @pytest.mark.parametrize(("case", "stage"), EVERY)
 def test_zero_trains_as_ddp_does(found, case, stage):
     row = found[case, stage]
-    assert row["loss"] < 1e-6 and row["norm"] < 1e-6 and row["val"] < 1e-6
-    assert row["weights"] < 1e-5  # AdamW divides by the square root of gradients that are close to 0
+    assert row["loss"] < 1e-6 and row["norm"] < 1e-6
+    assert row["val"] < 1e-5 and row["weights"] < 1e-5  # AdamW divides by the root of squared gradients close to 0
 
 
 @needs_deepspeed
