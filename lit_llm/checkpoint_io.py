@@ -1,4 +1,4 @@
-"""Checkpoints that are written straight to their file."""
+"""Checkpoints that are written straight to their file, and how those of any strategy are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lit_llm.storage import complete_file
+from lit_llm.zero_checkpoint import is_zero_checkpoint, read_states, read_weights
 
 
 class StreamedCheckpointIO(TorchCheckpointIO):
@@ -30,12 +31,22 @@ class StreamedCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, partial)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights: bool = False) -> dict[str, Any]:
     """A checkpoint of ours, its tensors left on the disk; nothing in it is run.
+
+    Args:
+        path: a file, or a folder that `ZeroStrategy` wrote.
+        weights: of a folder too, whose parts are put together in memory; a file has them in any case.
 
     Raises:
         ValueError: cut off, damaged, or written by something else.
     """
+    if path.is_dir():
+        if not is_zero_checkpoint(path):
+            raise ValueError(
+                f"--ckpt_path {path} is a folder, but not one that ZeroStrategy wrote. Name a checkpoint within it."
+            )
+        return {**read_states(path), "state_dict": read_weights(path)} if weights else read_states(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"

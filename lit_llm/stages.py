@@ -133,7 +133,7 @@ class Stages:
     def _run(self, title: str, folder: Path, options: list[str]) -> None:
         place = {"root": folder.parent.parent, "name": folder.parent.name, "version": folder.name}
         command = [sys.executable, "-m", "lit_llm", "fit", *options]
-        if (folder / "checkpoints" / "last.ckpt").is_file():
+        if (folder / "checkpoints" / "last.ckpt").exists():
             command += ["--ckpt_path", "last"]
         elif folder.exists():
             rmtree(folder)  # killed before its first checkpoint

@@ -88,8 +88,17 @@ def complete_folder(path: Path) -> Iterator[Path]:
         yield scratch
         for file in scratch.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes files that only their owner may read
-        if path.exists():
-            rmtree(path)
-        os.replace(scratch, path)
+        replace_folder(scratch, path)
     finally:
         rmtree(scratch, ignore_errors=True)
+
+
+def replace_folder(scratch: Path, path: Path) -> None:
+    """Give a finished folder the name `path`; a folder that had it is removed afterwards."""
+    if not path.exists():
+        os.replace(scratch, path)
+        return
+    old = Path(mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    os.replace(path, old)
+    os.replace(scratch, path)
+    rmtree(old)

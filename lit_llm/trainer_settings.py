@@ -49,6 +49,7 @@ def check_settings(trainer: Any, checkpoint: Any) -> None:
         )
     if str(trainer.devices) == "0":
         raise ValueError("trainer.devices is 0, and nothing trains on no device. Set 1, or auto for all there are.")
+    _check_strategy(trainer.strategy)
     interval = trainer.val_check_interval
     if isinstance(interval, (int, float)) and not interval > 0:
         raise ValueError(
@@ -56,6 +57,21 @@ def check_settings(trainer: Any, checkpoint: Any) -> None:
             f"  trainer.limit_val_batches: 0 turns validation off."
         )
     _check_used(trainer, checkpoint)
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
+    kind = name.rsplit(".", 1)[-1].lower()
+    if kind.startswith("deepspeed"):
+        raise ValueError(
+            f"trainer.strategy is {name}, which would leave frozen models and heads without weights under stage 3. Add\n"
+            f"  --config configs/trainer/deepspeed_z2.yaml (or _z1, _z3), which has lit_llm.zero_strategy.ZeroStrategy."
+        )
+    if "fsdp" in kind or kind.startswith("modelparallel"):
+        raise ValueError(
+            f"trainer.strategy is {name}, but the losses here read the weights of heads outside their modules, which FSDP does "
+            f"not gather. To divide a model, add --config configs/trainer/deepspeed_z3.yaml."
+        )
 
 
 def _check_used(trainer: Any, checkpoint: Any) -> None:

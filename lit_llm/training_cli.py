@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
@@ -70,7 +71,7 @@ class LitTrainer(Trainer):
         if Path(to).exists():
             raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
         model.configure_model()
-        checkpoint = read_checkpoint(Path(ckpt_path))
+        checkpoint = read_checkpoint(Path(ckpt_path), weights=True)
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         model.export(Path(to))
@@ -185,11 +186,18 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         check_nested(config)
         check_settings(config.trainer, config.checkpoint)
+        self._set_strategy_aside(config.trainer)
         compile_elementwise(_may_compile(config.compile_loss, config.trainer.accelerator))
         self._choose_run_folder(config)
         self._use_stages(config)
         if self.subcommand != "fit":
             self.save_config_callback = None  # the run folder keeps the config that it was trained with
+
+    def _set_strategy_aside(self, trainer) -> None:
+        """Where no process will be joined, what joins them need not be installed."""
+        self._strategy = trainer.strategy
+        if self.subcommand in ("plan", "export") and isinstance(self._strategy, Namespace):
+            trainer.strategy = "auto"
 
     def _use_stages(self, config) -> None:
         """Run the stages that are missing, and put their models in the place of `stage:NAME`."""
@@ -200,7 +208,7 @@ class TrainingCLI(LightningCLI):
                 folder=Path(config.run.root) / config.run.name / "stages",
                 files=[Path(str(file)) for file in config.get("config") or []],
                 resolve=self._resolved,
-                inherited={f"trainer.{key}": config.trainer[key] for key in MACHINE},
+                inherited={f"trainer.{key}": _plain(config.trainer[key]) for key in MACHINE},
             )
             models = stages.models(run_missing=self.subcommand == "fit")
         for key, value in list(config.model.items()):
@@ -213,10 +221,20 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if path := self.config[self.subcommand].get("ckpt_path"):  # tensors stay on the disk
+            self._check_strategy(Path(path))
             self.model.use_plan_of(read_checkpoint(Path(path)))
         if self.config[self.subcommand].compile_loss and not self.model.compiles_loss:
             raise ValueError(
                 f"compile_loss is true, but no part of {type(self.model).__name__}'s loss is compiled. Leave compile_loss out."
+            )
+
+    def _check_strategy(self, path: Path) -> None:
+        divided = isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        if path.is_dir() and not divided and self.subcommand != "export":
+            raise ValueError(
+                f"--ckpt_path {path} is a folder with a part for every process, but trainer.strategy is not ZeroStrategy. Resume "
+                f"with the trainer's config that the run began with (configs/trainer/deepspeed_*.yaml), or write the model "
+                f"with `export`."
             )
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
@@ -236,7 +254,7 @@ class TrainingCLI(LightningCLI):
         # a plan for eight GPUs can be made on a laptop
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
         trainer = super().instantiate_trainer(**{**kwargs, **here, "logger": False, "profiler": None})
-        trainer.planned = _planned(settings, trainer)
+        trainer.planned = _planned(settings, trainer, self._strategy)
         return trainer
 
     def _choose_run_folder(self, config) -> None:
@@ -263,18 +281,19 @@ class TrainingCLI(LightningCLI):
             )
 
 
-def _planned(settings, trainer: Trainer):
+def _planned(settings, trainer: Trainer, strategy: Any):
     """The part of the trainer's config that a plan depends on."""
     from lit_llm.planning.process import keeps_freed_blocks
     from lit_llm.planning.tokens import Setup
 
-    accelerator, strategy = settings.get("accelerator") or "auto", settings.get("strategy") or "auto"
+    accelerator = settings.get("accelerator") or "auto"
     counts = {name: settings.get(name) or 1 for name in ("devices", "num_nodes")}
     notes = [
         f"trainer.{name} is {value!r}; one is assumed" for name, value in counts.items() if not str(value).isdigit()
     ]
     if str(strategy) not in ("auto", "ddp"):
-        notes.append(f"trainer.strategy is {strategy}; the plan is for a process that holds everything, as ddp does")
+        named = strategy if isinstance(strategy, str) else strategy.class_path
+        notes.append(f"trainer.strategy is {named}; the plan is for a process that holds everything, as ddp does")
     on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
     if on_gpu:
         notes.append("the GPU's own context and the allocator's slack; figures are those of the CPU's kernels")
@@ -309,6 +328,11 @@ def _may_compile(wanted: bool | None, accelerator: str) -> bool:
     return found if wanted else on_gpu and found
 
 
+def _plain(value: Any) -> Any:
+    """A class with its arguments as a dictionary, as the command line takes it."""
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
 def _config_name(config) -> str | None:
     """The stem of the first config file that was given; a run's own config.yaml gives the run's name instead."""
     files = [str(path) for path in config.get("config") or []]
@@ -318,7 +342,7 @@ def _config_name(config) -> str | None:
 def _newest_run(runs: Path, version: str | None) -> Path:
     candidates = [runs / version] if version else sorted(runs.glob("*/"), key=lambda folder: folder.stat().st_mtime)
     for folder in reversed(candidates):
-        if (folder / "checkpoints" / "last.ckpt").is_file():
+        if (folder / "checkpoints" / "last.ckpt").exists():  # a folder where weights are divided
             return folder
     raise FileNotFoundError(
         f"--ckpt_path last: no checkpoints/last.ckpt in {runs}/{version or '*'}.\n"
@@ -328,7 +352,7 @@ def _newest_run(runs: Path, version: str | None) -> Path:
 
 
 def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"--ckpt_path {path}: no such file. `last` finds the newest checkpoint of the run.")
     read_checkpoint(path)
 

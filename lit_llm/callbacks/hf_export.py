@@ -17,9 +17,7 @@ class HfExport(L.Callback):
     checkpoint can be exported with the command that is then shown. Rank zero writes, the others wait.
 
     Reads of the method: `exports`, name of a folder or file -> what writes it, atomically and, for a model, checked by
-    reloading, and `run_folder`.
-
-    Limit: a strategy that divides the student's weights among ranks must gather them in what writes.
+    reloading, `whole_on`, within which rank zero holds all weights, and `run_folder`.
     """
 
     def __init__(self) -> None:
@@ -29,10 +27,11 @@ class HfExport(L.Callback):
         self._folder = pl_module.run_folder  # on every rank: finding the folder may communicate
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            for name, save in pl_module.exports.items():
-                save(self._folder / name)
-                rank_zero_info(f"{_WORDS.get(name, name)} in {self._folder / name}")
+        with pl_module.whole_on(trainer.is_global_zero):
+            if trainer.is_global_zero:
+                for name, save in pl_module.exports.items():
+                    save(self._folder / name)
+                    rank_zero_info(f"{_WORDS.get(name, name)} in {self._folder / name}")
         trainer.strategy.barrier("export of the trained model")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class LossDoctor(L.Callback):
         self._has_warned = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if stage == "fit" and (not whole or isinstance(trainer.strategy, DeepSpeedStrategy)):
             raise ValueError(
                 f"LossDoctor runs the student by itself, but trainer.strategy is {type(trainer.strategy).__name__}, which "
                 "divides its weights among processes. Take LossDoctor out of trainer.callbacks, or use one device or ddp."

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 
@@ -17,7 +18,8 @@ class NanGuard(L.Callback):
     """Raises `NonFiniteLoss` between the backward pass and the optimizer step.
 
     Losses of the micro-batches are kept on the device; they and the norm of the gradient are looked at together, with
-    one wait for the device per optimizer step. The gradient is the same on all ranks of DDP, so that all of them stop.
+    one wait for the device per optimizer step. The gradient is the same on all ranks of DDP, so that all of them stop. Of
+    DeepSpeed's only the losses are looked at, those of all ranks.
     Under fp16 loss scaling only the loss is looked at: there, infinite gradients are normal and the scaler skips them.
 
     Reads `examples` of a batch, where it has them.
@@ -51,6 +53,10 @@ class NanGuard(L.Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if self.gradients and not scaled:
             total = total + _gradient_norm(optimizer).to(total.device)
+        if isinstance(
+            trainer.strategy, DeepSpeedStrategy
+        ):  # where no process has the gradient, and all must stop together
+            total = trainer.strategy.reduce(total, reduce_op="sum")
         if not torch.isfinite(total):
             raise NonFiniteLoss(_message(trainer, values.tolist(), examples))
 

@@ -107,6 +107,11 @@ class PlannedData(L.LightningDataModule, ABC):
         if split not in self.sets:
             return []
         examples = self.sets[split]
+        if len(examples) < self.trainer.world_size:
+            raise ValueError(
+                f"data.{split} has {len(examples)} usable examples for {self.trainer.world_size} processes, and each must "
+                f"evaluate one. Add examples, or lower trainer.devices."
+            )
         sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
         return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 

@@ -111,6 +111,15 @@ class RoutingStatistics(Metric):
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
+    def _apply(self, fn, *arguments) -> RoutingStatistics:
+        """Follow devices, but stay float64: a method in bfloat16 would stop counting at 256."""
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if tensor.dtype == torch.float64 else moved
+
+        return super()._apply(keep_wide, *arguments)
+
     @torch.no_grad()
     def update(self, layers: Sequence[RoutedLayer], language_M: Tensor, mask_M: Tensor) -> None:
         """Add M positions.

@@ -29,6 +29,7 @@ from lit_llm.methods.preference_distillation import PreferenceDistillation
 from lit_llm.methods.stored_pair import StoredFrozen
 from lit_llm.methods.token_view import TokenView
 from lit_llm.models.language_model import Frozen, ModelSpec
+from lit_llm.models.sharding import gathered
 from lit_llm.models.teacher_head import TeacherHead
 
 _LARGE = 50.0  # beta_t k_t of one token, in units of the mean, that is told
@@ -102,8 +103,9 @@ class AlignDistil(PreferenceDistillation):
         return Frozen(self.stores[name].open()) if name in self.stores else super().frozen_model(name)
 
     def on_fit_start(self) -> None:
-        for store in self.stores.values():
-            store.fill()
+        with gathered(self):  # frozen models may live in the policy
+            for store in self.stores.values():
+                store.fill()
         super().on_fit_start()
 
     def teacher_result(self, stage: str, prompts: list[EvaluationPrompt]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -20,6 +21,7 @@ from lit_llm.evaluation.samples import Sample
 from lit_llm.evaluation.token_scores import TokenScores
 from lit_llm.models.generation import check_sampling
 from lit_llm.models.language_model import Frozen, LanguageModel
+from lit_llm.models.sharding import whole_on
 from lit_llm.storage import write_atomically
 
 
@@ -119,6 +121,10 @@ class Answering(L.LightningModule):
     def exports(self) -> dict[str, Callable[[Path], None]]:
         """What a run leaves: name in the run folder -> what writes it."""
         return self.student.exports
+
+    def whole_on(self, here: bool) -> AbstractContextManager[None]:
+        """Within the block the processes that ask for it hold all weights; all processes enter."""
+        return whole_on(self, here)
 
     def export(self, folder: Path) -> None:
         """Write the trained model as a plain Hugging Face folder."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 
 import numpy
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch, LanguageBatch
@@ -26,6 +27,7 @@ from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.models.sharding import whole_shape
 
 _LEARNED_FROM = {
     Instructions: "prompts with answers",
@@ -213,9 +215,12 @@ class Method(Answering):
             self.log(f"train/{name}", mean, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        norm = self._gradient_norm(self.parameters())
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/grad_norm", norm)
+        if not isinstance(
+            self.trainer.strategy, DeepSpeedStrategy
+        ):  # which clips by itself, and says the norm afterwards
+            norm = self._gradient_norm(self.parameters())
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
     def step_weight(self, batch: DistillationBatch, count: int) -> float:
@@ -238,6 +243,16 @@ class Method(Answering):
         hidden_TD = self.student.hidden(batch.student)
         terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         return terms.loss * (weight * self.step_weight(batch, batch.step_tokens))
+
+    def check_divided(self, weights: bool) -> None:
+        """Asked before gradients and optimizer states are divided among processes.
+
+        Args:
+            weights: whether these are divided too, so that all processes must run the student equally often.
+
+        Raises:
+            ValueError: a setting that does not allow it.
+        """
 
     @staticmethod
     def _gradient_norm(parameters) -> Tensor:
@@ -278,9 +293,9 @@ class Method(Answering):
     def log_means(self, stage: str, sums: dict[str, Tensor], count: int | Tensor) -> None:
         """Log sums as means over `count` tokens of a whole evaluation, exact over batches and ranks."""
         count = int(count)
-        if count == 0:
-            return
-        means = {f"{stage}/{name}": value.detach() / count for name, value in sums.items()}
+        if count == 0 and self.trainer.world_size == 1:
+            return  # with others, every rank logs every name, in one order: what is reduced is matched by its place
+        means = {f"{stage}/{name}": value.detach() / max(count, 1) for name, value in sums.items()}
         self.log_dict(means, batch_size=count, on_step=False, on_epoch=True, sync_dist=True)
 
     # ---------------------------------------------------------------- resume
@@ -289,7 +304,7 @@ class Method(Answering):
         checkpoint["lit_llm"] = {
             "identity": self.identity(),
             "start_answers": self._start_answers,
-            "generators": _generator_states(),
+            "generators": self._of_all_ranks(_generator_states()),
             "languages": None if self.languages is None else self.languages.state(),
         }
 
@@ -308,16 +323,26 @@ class Method(Answering):
                 + "\n  Resume with the config of its run folder, or start anew without --ckpt_path."
             )
         self._start_answers = checkpoint["lit_llm"]["start_answers"]
-        self._generators = checkpoint["lit_llm"]["generators"]
+        states = checkpoint["lit_llm"]["generators"]
+        states = [states] if isinstance(states, dict) else states  # of one process, as checkpoints once had them
+        self._generators = states[self.global_rank % len(states)]
         if self.languages is not None and (moments := checkpoint["lit_llm"].get("languages")):
             self.languages.load_state(moments)
+
+    def _of_all_ranks(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """By rank: batches of other shapes draw other amounts of random numbers."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return [state]
+        states: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, state)
+        return states
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that continues it."""
         return {
             "method": type(self).__name__,
             "student": str(self.student_spec.source or self.student_spec.config),
-            "student_shapes": {name: list(p.shape) for name, p in list(self.student.named_parameters())[:1]},
+            "student_shapes": {name: list(whole_shape(p)) for name, p in list(self.student.named_parameters())[:1]},
             "student_parameters": self.student.num_parameters,
         }
 

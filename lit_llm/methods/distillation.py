@@ -20,6 +20,7 @@ from lit_llm.methods.on_policy import Compared, OnPolicy, Rollouts
 from lit_llm.methods.stored_teacher import StoredTeacher
 from lit_llm.models.frozen import check_frozen
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
+from lit_llm.models.sharding import gathered
 from lit_llm.models.shared_base import AdaptedBase, is_base
 from lit_llm.models.teacher_head import TeacherHead
 
@@ -84,7 +85,17 @@ class Distillation(Method):
 
     def on_fit_start(self) -> None:
         if self.store is not None:
-            self.store.fill()
+            with gathered(self):  # a teacher may live in the student
+                self.store.fill()
+
+    def check_divided(self, weights: bool) -> None:
+        super().check_divided(weights)
+        if weights and self.rollouts is not None and 0 < self.rollouts.settings.student_fraction < 1:
+            raise ValueError(
+                f"model.on_policy.student_fraction is {self.rollouts.settings.student_fraction}, so some processes run the student "
+                f"twice in a step and others once, but trainer.strategy divides its weights (stage 3), for which all must do the "
+                f"same. Set student_fraction: 1, or strategy.stage: 2."
+            )
 
     @cached_property
     def teacher_tokenizer(self):

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, Literal, Optional
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -334,10 +335,19 @@ class DSKD(Distillation):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         projectors = self._projector_parameters()
-        self.log("train/projector_grad_norm", self._gradient_norm(projectors))
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which has no whole gradients to measure
+            self.log("train/projector_grad_norm", self._gradient_norm(projectors))
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(projectors, self.settings.gradient_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def check_divided(self, weights: bool) -> None:
+        super().check_divided(weights)
+        if self.settings.gradient_clip is not None:
+            raise ValueError(
+                f"projectors.gradient_clip is {self.settings.gradient_clip}, but trainer.strategy divides gradients among "
+                f"processes, where the projectors' norm is not known. Leave it out; trainer.gradient_clip_val clips all."
+            )
 
     # ------------------------------------------------------------ evaluation
 

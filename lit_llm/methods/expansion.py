@@ -18,6 +18,7 @@ from lit_llm.models import allocation, surgery
 from lit_llm.models.allocation import Allocation
 from lit_llm.models.expansion_plan import ExpansionPlan
 from lit_llm.models.language_model import LanguageModel
+from lit_llm.models.sharding import whole_numel
 from lit_llm.storage import write_atomically
 
 
@@ -92,17 +93,17 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     `active` is for a token that routers divide among k experts, `active_bypassed` for one that every classifier sends to
     expert 0 alone.
     """
-    total = sum(p.numel() for p in model.parameters())
-    dense = sum(p.numel() for _, p in surgery.base_parameters(model))
+    total = sum(whole_numel(p) for p in model.parameters())
+    dense = sum(whole_numel(p) for _, p in surgery.base_parameters(model))
     active = bypassed = dense
     for routed in surgery.routed_layers(model).values():
-        expert = sum(p.numel() for p in routed.base.parameters())
-        router = routed.router.weight.numel()
+        expert = sum(whole_numel(p) for p in routed.base.parameters())
+        router = whole_numel(routed.router.weight)
         used = (min(routed.experts_per_token, routed.num_experts) - 1) * expert + router
-        deciding = 0 if routed.classifier is None else routed.classifier.weight.numel()
+        deciding = 0 if routed.classifier is None else whole_numel(routed.classifier.weight)
         active += used + deciding
         bypassed += deciding if routed.classifier is not None else used
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
     counts = {"total": total, "dense": dense, "added": total - dense, "trained": trained, "active": active}
     return {**counts, "active_bypassed": bypassed}
 

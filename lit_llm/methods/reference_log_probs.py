@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lit_llm.models.generation import evaluating
 from lit_llm.models.language_model import LanguageModel
+from lit_llm.models.sharding import gathered
 from lit_llm.models.shared_base import AdaptedBase
 from lit_llm.models.weights import state_digest
 from lit_llm.storage import cache_folder, write_atomically
@@ -57,10 +58,11 @@ class ReferenceLogProbs:
                 )
         missing = [part for part in wanted if part not in self.parts]
         if missing:
-            model = self._model()
-            weights = _weights_digest(model)
-            for part in missing:
-                self.parts[part] = self._of_part(part, model, weights)
+            with gathered(self.method):
+                model = self._model()
+                weights = _weights_digest(model)
+                for part in missing:
+                    self.parts[part] = self._of_part(part, model, weights)
         data.reference.update({part: self.parts[part] for part in wanted})
 
     def state(self) -> dict[str, Tensor]:

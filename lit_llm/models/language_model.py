@@ -23,6 +23,7 @@ from lit_llm.models.adapters import FROZEN, Lora, with_adapters
 from lit_llm.models.generation import Sampling
 from lit_llm.models.quantization import Quantization
 from lit_llm.models.saving import save_model
+from lit_llm.models.sharding import gathered, whole_numel
 
 _TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
 _TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
@@ -201,7 +202,7 @@ class LanguageModel(nn.Module):
     @property
     def num_parameters(self) -> int:
         """Its own: base and adapters that are trained, without what others keep beside them."""
-        return sum(parameter.numel() for name, parameter in self.named_parameters() if f".{FROZEN}" not in name)
+        return sum(whole_numel(parameter) for name, parameter in self.named_parameters() if f".{FROZEN}" not in name)
 
     @property
     def head(self) -> Head:
@@ -358,9 +359,10 @@ class LanguageModel(nn.Module):
             ValueError: an empty prompt, or a setting outside its range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, no_repeat_ngram_size, seed)
-        return generation.generate(
-            self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens=self.head.num_rows
-        )
+        with gathered(self):  # processes generate different numbers of tokens
+            return generation.generate(
+                self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens=self.head.num_rows
+            )
 
     def stream(
         self, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int

@@ -19,6 +19,7 @@ from lit_llm.models.adapters import FROZEN
 from lit_llm.models.generation import evaluating
 from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 from lit_llm.models.quantization import keep_base_out_of_checkpoints
+from lit_llm.models.sharding import whole_numel
 
 _HELD = ("dtype", "attention", "quantization", "trim_head")
 
@@ -56,7 +57,7 @@ class AdaptedBase(nn.Module):
         of_adapters = {None: 0}
         for name, parameter in self.owner.named_parameters():
             key = name.split(".")[-2] if "lora_" in name else None
-            of_adapters[key] = of_adapters.get(key, 0) + parameter.numel()
+            of_adapters[key] = of_adapters.get(key, 0) + whole_numel(parameter)
         return of_adapters[None] + (of_adapters[self.adapter] if self.adapter is not None else 0)
 
     @property

@@ -107,3 +107,14 @@ def test_an_expert_without_a_token_is_dead_and_an_empty_window_is_not_a_crash():
 def test_another_number_of_layers_is_refused():
     with pytest.raises(ValueError, match="There are 3 routed layers, but routing of 1 was given"):
         statistics().update([RoutedLayer(torch.zeros(M, 4))], torch.zeros(M).long(), torch.ones(M).bool())
+
+
+def test_counts_stay_exact_inside_a_module_that_becomes_bfloat16():
+    logits, language_M, mask_M = routing()
+    counts, expected = statistics(), statistics()
+    torch.nn.ModuleList([counts]).to(torch.bfloat16)
+    for metric in (counts, expected):
+        for _ in range(30):  # more than 256 tokens
+            metric.update([RoutedLayer(z) for z in logits], language_M, mask_M)
+    assert torch.equal(counts.tokens_A, expected.tokens_A)
+    assert counts.compute().layers["load_cv"] == expected.compute().layers["load_cv"]

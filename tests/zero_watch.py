@@ -1,0 +1,73 @@
+"""What ZeRO does with a method's parameters while it trains, and which experts get no token."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+
+from lit_llm.models import dispatch, experts
+from lit_llm.models.language_model import Frozen
+from lit_llm.models.sharding import divided_parameters
+
+
+class ZeroWatch(L.Callback):
+    """Counts for `tools/check_scale.py`.
+
+    Attributes:
+        counted: `head`: largest number of times that the student's head was gathered in a micro-batch after the first;
+            `divided`: share of the method's parameters of which each process holds a part; `frozen_whole`: whether every
+            frozen model is whole and trains nothing; `experts_without_tokens`: whether there were any, on one rank or
+            another.
+    """
+
+    def __init__(self) -> None:
+        self.counted: dict[str, object] = {}
+        self._gathers, self._most, self._empty = 0, 0, False
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        parameters, divided = list(pl_module.parameters()), divided_parameters(pl_module)
+        frozen = [module.model for module in pl_module.modules() if isinstance(module, Frozen)]
+        inside = {id(parameter) for parameter in parameters}
+        own = [p for model in frozen for p in getattr(model, "parameters", list)() if id(p) not in inside]
+        self.counted["divided"] = len([p for p in divided if not p.numel()]) / len(parameters)
+        self.counted["frozen_whole"] = all(p.numel() > 0 and not p.requires_grad for p in own)
+        if divided:
+            self._watch(divided, pl_module.student.transformer.get_output_embeddings().weight)
+        self._watch_experts()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._gathers = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if batch_idx > 0:  # in the first one it is found out who needs what
+            self._most = max(self._most, self._gathers)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        if divided_parameters(pl_module):
+            self.counted["head"] = self._most
+        empty = torch.tensor(float(self._empty))
+        self.counted["experts_without_tokens"] = bool(trainer.strategy.reduce(empty, reduce_op="sum") > 0)
+        experts.dispatch.segments = self._segments
+
+    def _watch(self, divided: list, head) -> None:
+        for parameter in divided:
+            parameter.all_gather = self._counting(parameter.all_gather, parameter, head)
+            parameter.all_gather_coalesced = self._counting(parameter.all_gather_coalesced, parameter, head)
+
+    def _counting(self, gather, parameter, head):
+        def counting(params=None, *arguments, **settings):
+            wanted = settings.get("param_list", params)
+            self._gathers += any(p is head for p in ([parameter] if wanted is None else wanted))
+            return gather(*([] if params is None else [params]), *arguments, **settings)
+
+        return counting
+
+    def _watch_experts(self) -> None:
+        self._segments = dispatch.segments
+
+        def segments(*arguments):
+            found = self._segments(*arguments)
+            self._empty |= any(0 in segment.counts for segment in found[1:] if segment.counts)
+            return found
+
+        experts.dispatch.segments = segments
