@@ -33,7 +33,7 @@ def whole_tensors(shard: Any, file: Path) -> dict[str, Tensor]:
         ValueError: they are not what was written.
     """
     tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  not a dictionary
-    written = shard.metadata().get("crc32")  # older stores have none
+    written = (shard.metadata() or {}).get("crc32")  # older stores have none
     if written is not None and written != (found := check_sum(tensors)):
         raise ValueError(
             f"{file} is damaged: its check sum is {found}, but {written} was written.\n  Delete it; the next run writes this "
