@@ -68,12 +68,21 @@ class Process:
         if self.pid == 0:
             _run(work, log, environment or {})
 
+    @property
+    def seconds(self) -> float:
+        """That it has run."""
+        return time.monotonic() - self._began
+
+    @property
+    def running(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def end(self, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
         """Wait for the end; send a signal `after` so many seconds, unless it has ended before."""
         sent = after is None
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
-            seconds = time.monotonic() - self._began
+            seconds = self.seconds
             if pid:
                 return Ended(os.waitstatus_to_exitcode(status), seconds, self.log.read_text(errors="replace"))
             if not sent and seconds >= after:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -20,6 +21,9 @@ from whole_files import begun, check_run, logged_step, model_tensors
 
 from lit_llm.checkpoint_io import read_checkpoint
 from lit_llm.data.shard_files import readable, whole_tensors
+from lit_llm.editing.deltas import EditSet
+from lit_llm.editing.edit_cache import CachedEdit, FactText
+from lit_llm.models.language_model import ModelSpec
 from tests.tiny_runs import store_options, tiny_config, write_rows
 
 Results = Iterator[dict[str, Any]]
@@ -52,6 +56,7 @@ def _ended_training(place: Path, random: Random, number: int) -> Results:
             check_run(newest(runs))
             assert_same(weights_of(newest(runs)), whole)
             shutil.rmtree(runs)
+            seconds = min(seconds, end.seconds)  # else most runs would be through before they are killed
             continue
         yield _after(runs, end, number)
 
@@ -100,6 +105,7 @@ def kill_store(place: Path, random: Random) -> Results:
         if end.status == 0:
             assert len(files) == len(wanted), f"{len(files)} of {len(wanted)} shards"
             shutil.rmtree(store)
+            seconds = min(seconds, end.seconds)
             continue
         assert end.killed, end.said[-2000:]
         shards = len(list(store.rglob(".shard-*.partial")))
@@ -111,20 +117,24 @@ def kill_export(place: Path, random: Random) -> Results:
     folder = place / "exported"
     if not (place / "student").exists():
         tiny_config(place, "sft")
-    yield from _overwritten(place, random, lambda: _export_for_ever(place / "student", folder), lambda: _one(folder))
+    work = lambda: _export_for_ever(place / "student", folder)  # noqa: E731
+    yield from _overwritten(folder, random, work, lambda: _one(folder))
 
 
 def kill_edits(place: Path, random: Random) -> Results:
     """SIGKILL of a process that writes one set of edits after the other to the same file."""
     file = place / "edits.safetensors"
-    yield from _overwritten(place, random, lambda: _write_edits_for_ever(file), lambda: _one_edit_set(file))
+    yield from _overwritten(file, random, lambda: _write_edits_for_ever(file), lambda: _one_edit_set(file))
 
 
-def _overwritten(place: Path, random: Random, work, version) -> Results:
-    """Kill what writes version after version in one place, and see that one whole version is there."""
-    place.mkdir(parents=True, exist_ok=True)
+def _overwritten(target: Path, random: Random, work, version) -> Results:
+    """Kill what writes version after version under one name, and see that one whole version is there."""
+    place = target.parent
     while True:
-        end = Process(work, place / "log").end(after=random.uniform(0.2, 2.0))
+        before, process = _stamp(target), Process(work, place / "log")
+        while _stamp(target) == before and process.running:
+            time.sleep(0.002)
+        end = process.end(after=process.seconds + random.uniform(0, 1.5))
         assert end.killed, end.said[-2000:]
         found, parts = version(), begun(place)
         for part in place.glob(".*.partial"):
@@ -132,9 +142,16 @@ def _overwritten(place: Path, random: Random, work, version) -> Results:
         yield {"during": "writing" if parts else "nothing written", "lost": "nothing" if found else "no version there"}
 
 
-def _export_for_ever(source: Path, folder: Path) -> None:
-    from lit_llm.models.language_model import ModelSpec
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Tells one file or folder of a name from another."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_mtime_ns
 
+
+def _export_for_ever(source: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     model = ModelSpec(source=str(source)).load()
     for version in itertools.count(1):
@@ -154,9 +171,6 @@ def _one(folder: Path) -> bool:
 
 
 def _write_edits_for_ever(file: Path) -> None:
-    from lit_llm.editing.deltas import EditSet
-    from lit_llm.editing.edit_cache import CachedEdit, FactText
-
     for version in itertools.count(1):
         edits = []
         for number in range(20):
@@ -168,8 +182,6 @@ def _write_edits_for_ever(file: Path) -> None:
 
 
 def _one_edit_set(file: Path) -> bool:
-    from lit_llm.editing.deltas import EditSet
-
     if not file.exists():
         return False
     edits = list(EditSet.load(file))

@@ -22,6 +22,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 import disk_faults  # noqa: E402
 import kill_faults  # noqa: E402
@@ -94,12 +95,14 @@ def _warm() -> None:
     """Import now what every process would import."""
     import tensorboard.summary.writer.event_file_writer  # noqa: F401
     from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from transformers.utils.logging import disable_progress_bar
 
     import lit_llm.callbacks.report  # noqa: F401
     import lit_llm.training_cli  # noqa: F401
     from lit_llm.callbacks import default_callbacks
 
     default_callbacks()
+    disable_progress_bar()
 
 
 if __name__ == "__main__":
