@@ -27,7 +27,7 @@ from lit_llm.models.language_model import ModelSpec
 from tests.tiny_runs import store_options, tiny_config, write_rows
 
 Results = Iterator[dict[str, Any]]
-STEPS, EVERY = 60, 3
+STEPS, EVERY = 30, 3
 NEWEST = "checkpoints/last.ckpt"
 
 
@@ -44,7 +44,7 @@ def terminate_training(place: Path, random: Random) -> Results:
 def _ended_training(place: Path, random: Random, number: int) -> Results:
     config = place / "kd.yaml"
     if not config.exists():
-        tiny_config(place, "kd", max_steps=STEPS, val_check_interval=20)
+        tiny_config(place, "kd", max_steps=STEPS, val_check_interval=10)
     fit = ["fit", f"--config={config}", f"--checkpoint.every_n_train_steps={EVERY}"]
     whole, seconds = undisturbed(place, [*fit, f"--run.root={place / 'undisturbed'}"])
     runs = place / "disturbed"
