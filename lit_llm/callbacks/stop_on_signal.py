@@ -33,16 +33,14 @@ class StopOnSignal(L.Callback):
         self._saved = self._training = False
         self._step = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trainer, self._signal, self._saved, self._training = trainer, 0, False, False
+        self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:  # Lightning puts back what was there before, when the run ends
+            for number in STOPPING:  # after Lightning, which has noted what was there before and puts it back at the end
                 signal.signal(number, self._asked)
         if trainer.received_sigterm:
             self._leave(signal.SIGTERM)
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
