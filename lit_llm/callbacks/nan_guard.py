@@ -52,8 +52,8 @@ class NanGuard(L.Callback):
     looked at: there, infinite gradients are normal and the scaler skips them.
 
     The micro-batches of a broken step are kept for `torch.load(file, weights_only=True)`: {"step", "losses", "batches"}, a
-    batch as a dictionary of its fields; of several processes each keeps its own. Logs `train/skipped_steps` where steps
-    are skipped.
+    batch as a dictionary of its fields; of several processes each keeps its own. Logs `train/skipped_steps`, how many so far,
+    where steps may be skipped.
 
     Reads `examples` of a batch, where it has them, and `run_folder` of the method.
 
@@ -103,6 +103,7 @@ class NanGuard(L.Callback):
         if trainer.world_size > 1:
             finite = trainer.strategy.reduce_boolean_decision(finite, all=True)
         if finite:
+            self._log(pl_module)
             return
         kept = self._keep(trainer, values.tolist(), batches)
         message = _message(trainer, values.tolist(), [tuple(getattr(batch, "examples", ())) for batch in batches])
@@ -112,7 +113,11 @@ class NanGuard(L.Callback):
         if not scaled:  # the scaler skips by itself, and wants to see the gradient
             optimizer.zero_grad(set_to_none=True)
         rank_zero_warn(f"{message}\n  The step is skipped, {self._skipped} of at most {self.non_finite.most}.{kept}")
-        pl_module.log("train/skipped_steps", float(self._skipped), batch_size=1)
+        self._log(pl_module)
+
+    def _log(self, pl_module: L.LightningModule) -> None:
+        if self.non_finite.action == "skip":
+            pl_module.log("train/skipped_steps", float(self._skipped), batch_size=1)
 
     def _keep(self, trainer: L.Trainer, losses: list[float], batches: list[Any]) -> str:
         """Write the batch, and say where."""

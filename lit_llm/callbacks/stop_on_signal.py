@@ -37,7 +37,9 @@ class StopOnSignal(L.Callback):
         self._trainer, self._signal, self._saved, self._training = trainer, 0, False, False
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            for number in STOPPING:  # after Lightning, which has noted what was there before and puts it back at the end
+            for (
+                number
+            ) in STOPPING:  # after Lightning, which has noted what was there before and puts it back at the end
                 signal.signal(number, self._asked)
         if trainer.received_sigterm:
             self._leave(signal.SIGTERM)

@@ -83,7 +83,9 @@ def test_waiting_for_data_is_told_as_a_share_of_the_time_without_validations(tmp
     method.train_dataloader = lambda: SlowLoader(Batches(), batch_size=None)
     trainer_in(tmp_path, [Throughput(), ContinueMetrics()], val_check_interval=2).fit(method)
     rows = [row for row in rows_of(tmp_path) if "train/loss" in row]
-    waited = [row["throughput/data_wait_share"] * row["throughput/seconds_per_step"] * n for n, row in enumerate(rows, 1)]
+    waited = [
+        row["throughput/data_wait_share"] * row["throughput/seconds_per_step"] * n for n, row in enumerate(rows, 1)
+    ]
     # what comes before the first step and between a validation and the next one is not of the time that is measured
     assert waited == pytest.approx([0, 0.03, 0.03, 0.06, 0.06, 0.09], abs=1e-6)
 
