@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,17 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with complete_file(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        with complete_file(Path(path)) as partial, partial.open("wb") as file:  # a name would lose what the disk says
+            torch.save(checkpoint, file)
 
 
-def read_checkpoint(path: Path, weights: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, weights: bool = False, verify: bool = False) -> dict[str, Any]:
     """A checkpoint of ours, its tensors left on the disk; nothing in it is run.
 
     Args:
         path: a file, or a folder that `ZeroStrategy` wrote.
         weights: of a folder too, whose parts are put together in memory; a file has them in any case.
+        verify: read all of a file once and compare it with its check sums.
 
     Raises:
         ValueError: cut off, damaged, or written by something else.
@@ -52,6 +55,11 @@ def read_checkpoint(path: Path, weights: bool = False) -> dict[str, Any]:
             f"--ckpt_path {path} is not a whole checkpoint ({path.stat().st_size:,} bytes; the end is missing).\n"
             f"  Take another file of {path.parent}, or start anew."
         )
+    if verify and (damaged := _damaged(path)) is not None:
+        raise ValueError(
+            f"--ckpt_path {path} is damaged: what it holds is not what was written ({damaged}).\n  Take another file of "
+            f"{path.parent}, or start anew."
+        )
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
@@ -65,6 +73,16 @@ def read_checkpoint(path: Path, weights: bool = False) -> dict[str, Any]:
             f"run's checkpoints folder, or load other weights with model.student.source."
         )
     return found
+
+
+def _damaged(path: Path) -> str | None:
+    """The first part of a checkpoint that differs from its check sum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    # what a flipped bit of a header leads to
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        return str(error) or type(error).__name__
 
 
 def stream_checkpoints(trainer: Trainer) -> None:

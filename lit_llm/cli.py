@@ -66,6 +66,15 @@ def main(args: list[str] | None = None) -> None:
     _run(given)
 
 
+def in_utf8() -> None:
+    """Start the process anew in Python's UTF-8 mode where the locale has another encoding, such as LC_ALL=C.
+
+    Data, configs and models are UTF-8 everywhere, and libraries that are not Python take no other names of files.
+    """
+    if os.name == "posix" and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+
+
 def _run(given: list[str]) -> None:
     command, *options = given
     try:
@@ -94,11 +103,15 @@ def _run(given: list[str]) -> None:
 
             TrainingCLI.run(given)
     except Exception as error:
-        if os.environ.get("LIT_LLM_TRACEBACK") or not _is_of_the_call(error):
-            raise
-        from lit_llm.readable_errors import readable
+        from lit_llm.readable_errors import lost_process, readable
 
-        print(f"\nlit_llm {command}: {readable(error, command)}\n(LIT_LLM_TRACEBACK=1 shows where.)", file=sys.stderr)
+        lost = lost_process(error)
+        if os.environ.get("LIT_LLM_TRACEBACK") or not (lost or _is_of_the_call(error)):
+            raise
+        print(
+            f"\nlit_llm {command}: {lost or readable(error, command)}\n(LIT_LLM_TRACEBACK=1 shows where.)",
+            file=sys.stderr,
+        )
         raise SystemExit(2 if isinstance(error, ArgumentError) else 1) from error
 
 

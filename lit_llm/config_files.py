@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-_SECTIONS = {"model", "data", "trainer", "checkpoint", "run", "stages", "vars"}
+_SECTIONS = {"model", "data", "trainer", "checkpoint", "run", "stages", "vars", "non_finite"}
 
 
 def check_config_files(options: list[str]) -> None:

@@ -38,6 +38,7 @@ _TOP = (
     "stages",
     "vars",
     "compile_loss",
+    "non_finite",
     "ckpt_path",
 )
 
@@ -66,6 +67,24 @@ def readable(error: Exception, command: str) -> str:
     found = _reduced(text, _Place())
     of_parsing = found.is_ours or isinstance(error, ArgumentError)
     return f"{found.text}\n  {found.place.way_out(command)}" if of_parsing else found.text
+
+
+def lost_process(error: Exception) -> str | None:
+    """What to say where a collective operation failed, because another process of the run has gone or has stopped.
+
+    Returns:
+        None: the error is another one.
+    """
+    kind, text = type(error), str(error)
+    if not kind.__name__.startswith("Dist") and not (kind is RuntimeError and ("gloo" in text or "NCCL" in text)):
+        return None
+    first = text.split("\n")[0][:200]
+    what = "has not answered in time" if "imed out" in text else "of this run has gone"
+    return (
+        f"Another process {what} ({first}).\n  What it said itself stands above, or in the output of its machine. Start all "
+        f"processes again with --ckpt_path last. How long one waits for another: "
+        f"trainer.strategy.init_args.timeout of DDPStrategy."
+    )
 
 
 @dataclass
@@ -100,6 +119,8 @@ class _Place:
             return _settings(locate("lightning.pytorch.callbacks.ModelCheckpoint"), ())
         if self.keys == ("run",):
             return ["root", "name", "version"]
+        if self.keys == ("non_finite",):
+            return ["action", "most"]
         return list(_TOP) if not self.keys else []
 
     def way_out(self, command: str) -> str:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 import lit_llm
+from lit_llm.callbacks.stop_on_signal import STOPPING
 from lit_llm.models.weights import content_digest
 from lit_llm.storage import check_name, write_atomically
 
@@ -138,13 +141,38 @@ class Stages:
         elif folder.exists():
             rmtree(folder)  # killed before its first checkpoint
         command += [f"--run.{name}={value}" for name, value in place.items()]
-        status = subprocess.run(command, check=False).returncode
+        status, asked = _status(command)
+        if status != 0 and asked:
+            raise SystemExit(128 + asked)
         if status != 0:
             raise ChildProcessError(
                 f"{title} ended with status {status}; its messages are above, its folder is {folder}.\n"
                 f"  The same command goes on from there. The stage alone: {' '.join(['python', *command[1:]])}"
             )
         write_atomically(folder / "stage.json", json.dumps({"command": command[1:]}, indent=2) + "\n")
+        if asked:
+            raise SystemExit(128 + asked)
+
+
+def _status(command: list[str]) -> tuple[int, int]:
+    """Run a command to its end: its status, and the signal, or 0, that asked this process to end and was passed on."""
+    asked = []
+    with subprocess.Popen(command) as process:
+
+        def pass_on(number: int, frame: Any) -> None:
+            asked.append(number)
+            process.send_signal(number)
+
+        ours = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, pass_on) for number in STOPPING} if ours else {}
+        try:
+            return process.wait(), asked[0] if asked else 0
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _found(name: str, file: str, folders: list[Path]) -> Path:

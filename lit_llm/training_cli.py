@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lit_llm.callbacks import default_callbacks
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
+from lit_llm.callbacks.nan_guard import NonFinite
 from lit_llm.checkpoint_io import read_checkpoint, stream_checkpoints
 from lit_llm.config_files import check_config_files, check_nested
 from lit_llm.data.facts import Facts  # noqa: F401  makes the short name known
@@ -36,7 +37,7 @@ from lit_llm.losses.logit_gradient import compile_elementwise
 from lit_llm.methods import *  # noqa: F403  makes the short names known
 from lit_llm.methods.base import Method
 from lit_llm.stages import MACHINE, Stage, Stages, referred
-from lit_llm.storage import check_inside, check_name, check_writable
+from lit_llm.storage import check_inside, check_name, check_writable, remove_leftovers, write_atomically
 from lit_llm.trainer_settings import check_settings
 
 # `${model.x}` in a file then means the root of that file, although the parsed tree sits under the subcommand's name
@@ -114,7 +115,10 @@ class _StopBeforeTraining(Callback):
 
 
 class _RunConfig(SaveConfigCallback):
-    """Writes the run's config.yaml without what only `fit` understands and was not set, so that any command takes it."""
+    """Writes the run's config.yaml without what only `fit` understands and was not set, so that any command takes it.
+
+    It is the first thing that a process writes to its run folder; what a killed one had begun there is taken away before.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *arguments: Any, **settings: Any) -> None:
         kept = config.clone()
@@ -122,6 +126,14 @@ class _RunConfig(SaveConfigCallback):
             if kept.get(name) is None:
                 kept.pop(name, None)
         super().__init__(parser, kept, *arguments, **settings)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # on every rank: it is broadcast
+        if trainer.is_global_zero and folder is not None and not self.already_saved:
+            for place in (Path(folder), Path(folder) / "checkpoints"):
+                remove_leftovers(place)
+            write_atomically(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
+        self.already_saved = True
 
 
 class TrainingCLI(LightningCLI):
@@ -172,9 +184,14 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--stages", type=dict[str, Stage], default={}, help="runs that come first (lit_llm/stages.py)"
         )
+        parser.add_argument(
+            "--non_finite", type=NonFinite, default=NonFinite(), help="what becomes of a step whose loss is no number"
+        )
         parser.add_argument("--vars", type=dict, default={}, help="values for ${vars.NAME} in a config")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "{step}"})
+        # a checkpoint that a killed process left is written over when its step comes again, and last.ckpt is always the last
+        parser.set_defaults({"checkpoint.enable_version_counter": False})
 
     def _set_seed(self) -> None:
         seed = self.config[self.subcommand].seed_everything
@@ -244,7 +261,9 @@ class TrainingCLI(LightningCLI):
             place = {"save_dir": config.run.root, "name": config.run.name, "version": config.run.version}
             kwargs["logger"] = [TensorBoardLogger(**place), MetricsCsv(**place)]
         callbacks = default_callbacks(
-            progress_bar=settings.get("enable_progress_bar") is not False, stage=self.subcommand
+            progress_bar=settings.get("enable_progress_bar") is not False,
+            stage=self.subcommand,
+            non_finite=self._get(self.config_init, "non_finite", default=NonFinite()),
         )
         kwargs["callbacks"] = (settings.get("callbacks") or []) + callbacks
         if self.subcommand != "plan":
@@ -271,7 +290,7 @@ class TrainingCLI(LightningCLI):
         if config.get("ckpt_path"):
             _check_checkpoint(Path(config.ckpt_path))
         if self.subcommand == "fit":
-            check_writable(runs, "run.root")
+            check_writable(runs / (run.version or ""), "run.root")
         if run.version is None:
             run.version = f"version_{_next_version(runs)}"
         elif self.subcommand == "fit" and not config.get("ckpt_path") and (runs / run.version).exists():
@@ -340,23 +359,36 @@ def _config_name(config) -> str | None:
 
 
 def _newest_run(runs: Path, version: str | None) -> Path:
-    candidates = [runs / version] if version else sorted(runs.glob("*/"), key=lambda folder: folder.stat().st_mtime)
-    for folder in reversed(candidates):
-        if (folder / "checkpoints" / "last.ckpt").exists():  # a folder where weights are divided
-            return folder
-    raise FileNotFoundError(
-        f"--ckpt_path last: no checkpoints/last.ckpt in {runs}/{version or '*'}.\n"
-        f"  A run writes its first checkpoint after checkpoint.every_n_train_steps steps. Name a checkpoint file, or "
-        f"set --run.root, --run.name and --run.version to the run that you mean."
-    )
+    """By number: times of files say when a clock was set, not which run is newer."""
+    there = [runs / version] if version else sorted(runs.glob("*/"))
+    found = [folder for folder in there if (folder / "checkpoints" / "last.ckpt").exists()]
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: no checkpoints/last.ckpt in {runs}/{version or '*'}.\n"
+            f"  A run writes its first checkpoint after checkpoint.every_n_train_steps steps. Name a checkpoint file, or "
+            f"set --run.root, --run.name and --run.version to the run that you mean."
+        )
+    numbers = {folder: _number(folder) for folder in found}
+    if len(found) > 1 and None in numbers.values():
+        raise ValueError(
+            f"--ckpt_path last: {runs} holds {len(found)} runs with a checkpoint, and names do not tell which is the newest: "
+            f"{', '.join(folder.name for folder in found)}.\n  Say which one with --run.version."
+        )
+    return max(found, key=lambda folder: numbers[folder] or 0)
 
 
 def _check_checkpoint(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"--ckpt_path {path}: no such file. `last` finds the newest checkpoint of the run.")
-    read_checkpoint(path)
+    read_checkpoint(path, verify=True)
 
 
 def _next_version(runs: Path) -> int:
-    taken = [folder.name.removeprefix("version_") for folder in runs.glob("version_*")]
-    return max((int(number) for number in taken if number.isdigit()), default=-1) + 1
+    numbers = [_number(folder) for folder in runs.glob("version_*")]
+    return max((number for number in numbers if number is not None), default=-1) + 1
+
+
+def _number(folder: Path) -> int | None:
+    """N of version_N."""
+    prefix, _, number = folder.name.rpartition("_")
+    return int(number) if prefix == "version" and number.isdigit() else None

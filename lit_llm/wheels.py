@@ -117,14 +117,14 @@ def making(name: str, folder: Path) -> Iterator[tuple[Path, Path]]:
 def write_manifest(file: Path, **fields) -> None:
     """Say what a folder was made from and how large its files are."""
     files = {other.name: other.stat().st_size for other in sorted(file.parent.iterdir())}
-    file.write_text(json.dumps({**fields, "files": files}, indent=2))
+    file.write_text(json.dumps({**fields, "files": files}, indent=2), encoding="utf-8")
 
 
 def is_current(file: Path, converter: int, digest: str) -> bool:
     """Whether the folder of a manifest is whole, and was made by this converter from what has this sha256 ("": any)."""
     if not file.is_file():
         return False
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_text(encoding="utf-8"))
     sizes = found.get("files", {}).items()
     whole = all((file.parent / name).is_file() and (file.parent / name).stat().st_size == size for name, size in sizes)
     return whole and found["converter"] == converter and digest in ("", found["sha256"])

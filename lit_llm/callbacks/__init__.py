@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning import Callback
 
+    from lit_llm.callbacks.nan_guard import NonFinite
 
-def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Callback]:
+
+def default_callbacks(
+    progress_bar: bool = True, stage: str = "fit", non_finite: NonFinite | None = None
+) -> list[Callback]:
     """The callbacks of an ordinary run, in the order in which they must be called.
 
     Args:
         progress_bar: include `Progress`.
         stage: the command: `fit`, `validate`, `test`; others get none of them but `Progress`.
+        non_finite: what becomes of a step whose loss is no number.
     """
     from lit_llm.callbacks.edit_lines import EditLines
     from lit_llm.callbacks.hf_export import HfExport
@@ -26,6 +31,7 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
     from lit_llm.callbacks.run_record import RunRecord
     from lit_llm.callbacks.samples import Samples
     from lit_llm.callbacks.step_axis import StepAxis
+    from lit_llm.callbacks.stop_on_signal import StopOnSignal
     from lit_llm.callbacks.throughput import Throughput
     from lit_llm.callbacks.token_lines import TokenLines
     from lit_llm.callbacks.validate_at_start import ValidateAtStart
@@ -35,8 +41,9 @@ def default_callbacks(progress_bar: bool = True, stage: str = "fit") -> list[Cal
         return [*shown, StepAxis(), RunRecord(), Samples(), TokenLines(), LanguageLines(), EditLines(), Report()]
     if stage != "fit":
         return shown
-    # Progress shows what Throughput measured; Report reads what all others wrote; the validation before the first step
-    # wants everybody else to have started.
+    # Progress shows what Throughput measured; Report reads what all others wrote; a stop comes after both; the validation
+    # before the first step wants everybody else to have started.
     lines = [Samples(), TokenLines(), LanguageLines(), EditLines()]
     recorded = [StepAxis(), ContinueMetrics(), RunRecord(), *lines, Histograms()]
-    return [NanGuard(), Throughput(), *shown, *recorded, HfExport(), Report(), ValidateAtStart()]
+    guards = [NanGuard(non_finite=non_finite)]
+    return [*guards, Throughput(), *shown, *recorded, HfExport(), Report(), StopOnSignal(), ValidateAtStart()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lit_llm.storage import write_atomically
+from lit_llm.storage import write_atomically, writing
 
 
 def append_lines(path: Path, text: str) -> None:
@@ -14,13 +14,19 @@ def append_lines(path: Path, text: str) -> None:
     Args:
         path: the file; it is created where it does not exist.
         text: whole lines, the last one with its line end.
+
+    Raises:
+        CannotWrite: the disk did not take them all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b", buffering=0) as file:
-        end = file.seek(0, 2)
-        if end and not _ends_a_line(file, end):
-            file.truncate(_end_of_last_whole_line(path))
-        file.write(text.encode())
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b", buffering=0) as file:
+            end = file.seek(0, 2)
+            if end and not _ends_a_line(file, end):
+                file.truncate(_end_of_last_whole_line(path))
+            left = memoryview(text.encode())
+            while left:  # the last bytes of a full disk are taken without an error
+                left = left[file.write(left) :]
 
 
 def whole_lines(path: Path) -> list[str]:

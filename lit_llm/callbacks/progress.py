@@ -12,10 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 _REFRESH_SECONDS = 0.5
 _PLAIN_LINES = 50
+_TELL_WAITING = 0.1
 
 
 class Progress(TQDMProgressBar):
-    """Shows optimizer steps of the whole run, loss and its terms, tokens per second and time left.
+    """Shows optimizer steps of the whole run, time left, tokens per second, loss and its terms.
+
+    Where more than a tenth of the time goes into waiting for data, it says so.
 
     On a terminal this is a bar that is redrawn at most twice a second, because reading a metric waits for the device.
     Where the output is not a terminal (a log file, a cluster), it is a plain line through logging every few steps.
@@ -131,6 +134,8 @@ class Progress(TQDMProgressBar):
             parts.append(f"{_clock((self._total - step) * seconds_per_step)} left")
         if (speed := trainer.progress_bar_metrics.get("throughput/tokens_per_second")) is not None:
             parts.append(f"{speed:,.0f} tokens/s")
+        if (waited := float(trainer.callback_metrics.get("throughput/data_wait_share", 0.0))) > _TELL_WAITING:
+            parts.append(f"{waited:.0%} waiting for data")
         metrics = _without_prefix(trainer.callback_metrics, "train/")
         shown = {name: metrics[name] for name in self.terms if name in metrics}
         shown |= _without_prefix(trainer.progress_bar_metrics, "train/")

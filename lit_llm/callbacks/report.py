@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Report(L.Callback):
         self._write(trainer)
 
     def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
-        self._write(trainer)
+        with suppress(OSError):  # where nothing can be written, what stopped the run is to be told, not this
+            self._write(trainer)
 
     def _write(self, trainer: L.Trainer) -> None:
         # a failure before setup has no folder yet; a folder that nothing was written into stays unmade

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,8 +73,9 @@ class RunRecord(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)):
             self._end("interrupted")
-        else:
-            first_line = (str(exception).splitlines() or [""])[0]
+            return
+        first_line = (str(exception).splitlines() or [""])[0]
+        with suppress(OSError):  # where nothing can be written, what stopped the run is to be told, not this
             self._end("failed", error=f"{type(exception).__name__}: {first_line}")
 
     def _start(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -142,7 +144,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+    answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", check=True)
     return answer.stdout.strip()
 
 
@@ -176,13 +178,13 @@ def _models(pl_module: L.LightningModule) -> dict[str, Any]:
 
 
 def _starts(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["starts"] if path.exists() else []
+    return json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
 
 
 def _log_config(trainer: L.Trainer, path: Path) -> None:
     if not path.exists():
         return
-    text = "\n".join(f"    {line}" for line in path.read_text().splitlines())
+    text = "\n".join(f"    {line}" for line in path.read_text(encoding="utf-8").splitlines())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text("config", text, trainer.global_step)

@@ -38,7 +38,7 @@ class ResponseFile:
         self.manifest_path = path.with_name(path.name + ".manifest.json")
         self.answers: dict[int, dict[str, Any]] = {}
         if path.exists():
-            found = json.loads(self.manifest_path.read_text()) if self.manifest_path.exists() else {}
+            found = json.loads(self.manifest_path.read_text(encoding="utf-8")) if self.manifest_path.exists() else {}
             self._check(found, path)
         elif self.partial.exists():
             self._read_partial()

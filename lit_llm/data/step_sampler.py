@@ -6,6 +6,7 @@ holds (all accumulation steps, all ranks) before its first backward pass, and a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -201,6 +202,9 @@ class StepLoader(DataLoader):
     """A DataLoader over micro-batches that remembers how many it has handed out, so that a run resumes mid-epoch.
 
     The dataset is indexed with a `MicroBatch` and returns the finished batch, so collation happens in the workers.
+
+    Attributes:
+        seconds_waited: that the process has spent here until a batch was ready, since the start.
     """
 
     def __init__(self, dataset: Dataset, sampler: StepSampler, *, num_workers: int = 0) -> None:
@@ -214,11 +218,15 @@ class StepLoader(DataLoader):
             generator=torch.Generator(),  # else every start of an epoch draws from the generator that dropout uses
             multiprocessing_context="forkserver" if num_workers > 0 else None,
         )
+        self.seconds_waited = 0.0
 
     def __iter__(self):
+        asked = time.perf_counter()
         for batch in super().__iter__():
             self.sampler.position += 1
+            self.seconds_waited += time.perf_counter() - asked
             yield batch
+            asked = time.perf_counter()
         if self.sampler.position >= len(self.sampler):
             self.sampler.position = 0
 

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_llm.data.batch import SparseTargets, TokenBatch, collate_tokens
+from lit_llm.data.shard_files import check_sum, readable, whole_tensors
 from lit_llm.data.stored_answers import AnswerSet
 from lit_llm.data.tokenized import TokenizedSet
 from lit_llm.losses.divergence import at_least_float32
@@ -137,7 +138,7 @@ class StoredPart:
         if not manifest.is_file():
             return None
         try:
-            found = json.loads(manifest.read_text())
+            found = json.loads(manifest.read_text(encoding="utf-8"))
             if isinstance(found["binding"], dict) and isinstance(found["shard_rows"], int):
                 return found
             why = "it lacks what a manifest says"
@@ -217,7 +218,8 @@ class StoredPart:
         for leftover in self.folder.glob(f".{file.name}.*.partial"):
             leftover.unlink()  # of a process that was killed; we hold the lock
         with complete_file(file) as partial:
-            save_file(whole, partial, metadata={"key": self._key, "measures": json.dumps(totals)})
+            metadata = {"key": self._key, "measures": json.dumps(totals), "crc32": check_sum(whole)}
+            save_file(whole, partial, metadata=metadata)
             partial.chmod(0o644)  # safetensors writes files that only their owner may read
 
     def check_whole(self) -> None:
@@ -285,18 +287,18 @@ class StoredPart:
         return {name: tensor[start : start + self._rows[example]] for name, tensor in self._open[number].items()}
 
     def _mapped(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard as views of the file: pages are read when they are used."""
-        with _readable(self._file(number)) as shard:
+        """The tensors of a shard as views of the file; all of it is read once, to compare its check sum."""
+        with readable(self._file(number)) as shard:
             key = (shard.metadata() or {}).get("key")
             if key != self._key:
                 raise ValueError(
                     f"{self._file(number)} belongs to another store: its key is {key}, the manifest's is {self._key}.\n"
                     f"  Delete the folder {self.folder}; the next run writes it anew."
                 )
-            return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  not a dictionary
+            return whole_tensors(shard, self._file(number))
 
     def _metadata(self, number: int) -> dict[str, str]:
-        with _readable(self._file(number)) as shard:
+        with readable(self._file(number)) as shard:
             return shard.metadata()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -375,17 +377,6 @@ def _check(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
             f"Teacher store {folder}: not compared, for it is not on this machine: "
             + ", ".join(f"{name} ({theirs.get(name)})" for name in unknown)
         )
-
-
-def _readable(file: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file} is damaged or missing: {error}\n  Delete it; the next run writes this one shard anew."
-        ) from error
 
 
 class _Progress:

@@ -117,7 +117,7 @@ class StoredTeacher:
         if not all(part.is_complete for part in self.parts.values()):
             return False
         manifest = self.folder / next(iter(self.parts), "train") / "manifest.json"
-        recorded = json.loads(manifest.read_text())["binding"] if manifest.is_file() else {}
+        recorded = json.loads(manifest.read_text(encoding="utf-8"))["binding"] if manifest.is_file() else {}
         # where the weights are not here, the manifest knows their hash
         known = {name: recorded.get(name) if value == UNKNOWN else value for name, value in teacher.items()}
         return head_key(self._head_file) == _digest(known)
@@ -233,7 +233,7 @@ class StoredTeacher:
         """What the teacher answered to prompts while the store was filled, with its scores; None when it was not asked."""
         file = self._answers_file(prompts)
         if file.is_file():
-            kept = json.loads(file.read_text())
+            kept = json.loads(file.read_text(encoding="utf-8"))
             return {**kept, "scores": {name: torch.tensor(score) for name, score in kept["scores"].items()}}
         if not self._told:
             rank_zero_info(

@@ -63,7 +63,7 @@ def base_of(folder: Path) -> dict[str, Any]:
             "base first (peft's merge_and_unload, then save_pretrained), and name the merged folder."
         )
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}). Write the adapters again, or name a merged model.") from error
     if not isinstance(found, dict) or "source" not in found:
@@ -87,7 +87,7 @@ def save_adapters(model: nn.Module, tokenizer, base: dict[str, Any], folder: Pat
         model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)  # a form that nobody filled in
         tokenizer.save_pretrained(scratch)
-        (scratch / BASE).write_text(json.dumps(base, indent=2) + "\n")
+        (scratch / BASE).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         written = load_file(scratch / WEIGHTS)
         different = sorted(live.keys() ^ written.keys())
         different += [name for name in live if name in written and not torch.equal(live[name].cpu(), written[name])]

@@ -78,7 +78,10 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [
+                folder / file
+                for file in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            ]
         else:
             files = [folder / name]
         if all(file.is_file() for file in files):
@@ -90,8 +93,13 @@ def _adapter_digests(folder: Path) -> tuple[str, str]:
     base = folder / "base.json"
     parts = [_file_digest(folder / "adapter_model.safetensors")]
     if base.is_file():
-        parts.append({**json.loads(base.read_text()), "source": None})  # where it came from is not what it is
-    settings = {**json.loads((folder / "adapter_config.json").read_text()), "base_model_name_or_path": None}
+        parts.append(
+            {**json.loads(base.read_text(encoding="utf-8")), "source": None}
+        )  # where it came from is not what it is
+    settings = {
+        **json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")),
+        "base_model_name_or_path": None,
+    }
     weights, config = (
         hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest() for part in (parts, settings)
     )
@@ -104,7 +112,7 @@ def _file_digest(file: Path) -> str:
     name = hashlib.sha256(f"{real} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()
     kept = cache_folder() / "sha256" / name
     if kept.is_file():
-        return kept.read_text()
+        return kept.read_text(encoding="utf-8")
     digest = hashlib.sha256()
     with real.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -114,6 +122,6 @@ def _file_digest(file: Path) -> str:
 
 
 def _config_digest(file: Path) -> str:
-    fields = json.loads(file.read_text())
+    fields = json.loads(file.read_text(encoding="utf-8"))
     fields.pop("transformers_version", None)  # says who wrote it, not what it means
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,11 +1,12 @@
 """A loss that is not a number stops the run before it reaches the weights."""
 
+import lightning as L
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_llm.callbacks.nan_guard import NanGuard, NonFiniteLoss
-from tests.callbacks.small import Batches, SmallMethod, trainer_in
+from lit_llm.callbacks.nan_guard import NanGuard, NonFinite, NonFiniteLoss
+from tests.callbacks.small import Batches, SmallMethod, rows_of, trainer_in
 
 
 class BreaksAt(SmallMethod):
@@ -72,3 +73,46 @@ def test_a_healthy_run_is_left_alone(tmp_path):
     trainer = trainer_in(tmp_path, [NanGuard()], accumulate_grad_batches=2)
     trainer.fit(SmallMethod())
     assert trainer.global_step == 6
+
+
+def test_the_broken_batch_is_kept_to_be_looked_at(tmp_path):
+    method = SmallMethod()
+    method.train_dataloader = lambda: DataLoader(Batches(8, broken=(3,)), batch_size=None)
+    text = failure(tmp_path, method, accumulate_grad_batches=2, max_steps=4, val_check_interval=8)
+    file = tmp_path / "run/version_0/non_finite/step-2.pt"
+    assert str(file) in text and "non_finite.action: skip" in text
+    kept = torch.load(file, weights_only=True)
+    assert kept["step"] == 2 and kept["losses"][1] != kept["losses"][1]
+    assert [batch["examples"] for batch in kept["batches"]] == [[4, 5], [6, 7]]
+    assert kept["batches"][1]["values"].isnan().all() and kept["batches"][0]["values"].isfinite().all()
+
+
+def test_a_skipped_step_counts_and_leaves_weights_and_optimizer_as_they_were(tmp_path):
+    method, seen = BreaksAt(3), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            moments = [value.clone() for state in trainer.optimizers[0].state.values() for value in state.values()]
+            seen.append([value.clone() for value in pl_module.state_dict().values()] + moments)
+
+    guard = NanGuard(non_finite=NonFinite(action="skip"))
+    with pytest.warns(UserWarning, match="(?s)optimizer step 4.*skipped, 1 of at most 10"):
+        trainer = trainer_in(tmp_path, [guard, Watch()], gradient_clip_val=1.0)
+        trainer.fit(method)
+    assert trainer.global_step == 6
+    same = [all(map(torch.equal, before, after)) for before, after in zip(seen, seen[1:], strict=False)]
+    assert same == [False, False, True, False, False]
+    assert (tmp_path / "run/version_0/non_finite/step-4.pt").is_file()
+    assert [row["train/skipped_steps"] for row in rows_of(tmp_path) if "train/loss" in row] == [0, 0, 0, 1, 1, 1]
+
+
+def test_after_as_many_skipped_steps_as_allowed_the_run_stops(tmp_path):
+    text = failure(tmp_path, BadGradient(), NanGuard(non_finite=NonFinite(action="skip", most=2)))
+    assert "optimizer step 3" in text and "2 steps were skipped before (non_finite.most)" in text
+    assert len(list((tmp_path / "run/version_0/non_finite").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"most": 0}, "at least 1"), ({"most": 3}, "action: skip")])
+def test_settings_that_cannot_take_effect_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        NonFinite(**settings)

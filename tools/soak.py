@@ -1,0 +1,103 @@
+"""Does memory stay flat over a long run? Trains a tiny model, reads the resident memory every 100 steps, fits a line.
+
+    python tools/soak.py kd dskd dpo --steps 2000
+
+One line for each method: memory after the first tenth and at the end, slope of the line through everything after the first
+tenth, and a verdict: `grows` where the line rises by more than 5% of the memory over the run and by more than twice its
+uncertainty. Status 1 where one grows. Methods: those of tests/tiny_runs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import lightning as L  # noqa: E402
+import numpy as np  # noqa: E402
+from forked import Process, lit_llm  # noqa: E402
+
+from tests.tiny_runs import METHODS, tiny_config  # noqa: E402
+
+EVERY = 100
+LIMIT = 0.05
+
+
+class ResidentMemory(L.Callback):
+    """Appends "step MiB" to a file every few optimizer steps.
+
+    Args:
+        file: where to.
+        every: steps.
+    """
+
+    def __init__(self, file: str, every: int = EVERY) -> None:
+        self.file, self.every = Path(file), every
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step % self.every == 0:
+            with self.file.open("a") as file:
+                file.write(f"{trainer.global_step} {resident()}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    grows = False
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("LIT_LLM_CACHE", str(Path(scratch) / "cache"))
+        for method in options.methods:
+            found = soak(Path(scratch) / method, method, options.steps)
+            grows |= found["verdict"] != "flat"
+            print(
+                f"{method}: {found['first']:.0f} MiB after {options.steps // 10} steps, {found['last']:.0f} MiB after "
+                f"{options.steps}; {found['slope']:+.3f} +- {found['error']:.3f} MiB per 100 steps: {found['verdict']}",
+                flush=True,
+            )
+    sys.exit(int(grows))
+
+
+def soak(place: Path, method: str, steps: int) -> dict:
+    """Train, and judge the memory of the process."""
+    file = place / "memory.txt"
+    config = tiny_config(place, method, max_steps=steps, val_check_interval=steps // 10)
+    options = ["--trainer.callbacks+=soak.ResidentMemory", f"--trainer.callbacks.file={file}"]
+    call = lit_llm("fit", f"--config={config}", *options, "--checkpoint.every_n_train_steps=100")
+    end = Process(call, place / "log").end()
+    if end.status:
+        raise RuntimeError(f"{method} ended with {end.status}: {end.said[-2000:]}")
+    return verdict(np.loadtxt(file), steps)
+
+
+def verdict(samples: np.ndarray, steps: int) -> dict:
+    """Of rows (step, MiB): a line through all but the first tenth."""
+    settled = samples[samples[:, 0] > steps // 10]
+    (slope, _), covariance = np.polyfit(settled[:, 0], settled[:, 1], 1, cov=True)
+    error, last = float(np.sqrt(covariance[0, 0])), settled[-1, 1]
+    grows = slope > 2 * error and slope * steps > LIMIT * last
+    first = settled[0, 1]
+    return {
+        "first": first,
+        "last": last,
+        "slope": slope * 100,
+        "error": error * 100,
+        "verdict": "grows" if grows else "flat",
+    }
+
+
+def resident() -> float:
+    """MiB of this process that are in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()
