@@ -25,8 +25,7 @@ from lit_llm.models.quantization import Quantization
 from lit_llm.models.saving import save_model
 from lit_llm.models.sharding import gathered, whole_numel
 
-_TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
-_TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
+_TESTED_FAMILIES = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -302,10 +301,10 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"{name} changes its logits after the head in a way that lit_llm does not know (they differ by up to "
                 f"{(own_TV - self.head(hidden_TD).float()).abs().max().item():.3g}), so losses on hidden states would be "
-                f"wrong. {_TESTED}"
+                f"wrong. Tested architectures: {', '.join(_TESTED_FAMILIES)}."
             )
         if not _close(hidden_TD[:-1].float(), shorter_TD.float()):
-            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. {_TESTED}")
+            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. Tested architectures: {', '.join(_TESTED_FAMILIES)}.")
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -324,7 +323,7 @@ class LanguageModel(nn.Module):
         if not _close(packed.float(), torch.cat(alone, 1).float(), tolerance):
             raise ValueError(
                 f"{type(self.transformer).__name__} does not keep sequences of one row apart, so packed rows would mix "
-                f"them.\n  Set data.pack_to: null. {_TESTED}"
+                f"them.\n  Set data.pack_to: null. Tested architectures: {', '.join(_TESTED_FAMILIES)}."
             )
         self._packing_unknown = False
 
@@ -361,7 +360,7 @@ class LanguageModel(nn.Module):
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, no_repeat_ngram_size, seed)
         with gathered(self):  # processes generate different numbers of tokens
             return generation.generate(
-                self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens=self.head.num_rows
+                self.transformer, self.tokenizer, prompts, sampling, batch_size, self.head.num_rows
             )
 
     def stream(
