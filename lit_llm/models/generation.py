@@ -16,6 +16,8 @@ from threading import Event, Thread
 import torch
 from torch import Tensor, nn
 
+from lit_llm.models.sharding import gathered
+
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -96,7 +98,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     ends = end_ids(model, tokenizer)
-    with _seeded(model.device, sampling.seed):
+    with _seeded(model.device, sampling.seed), gathered(model):  # processes generate different numbers of tokens
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             ids_BL, mask_BL = _left_padded([prompts[i] for i in members], tokenizer.pad_token_id, model.device)

@@ -23,9 +23,10 @@ from lit_llm.models.adapters import FROZEN, Lora, with_adapters
 from lit_llm.models.generation import Sampling
 from lit_llm.models.quantization import Quantization
 from lit_llm.models.saving import save_model
-from lit_llm.models.sharding import gathered, whole_numel
+from lit_llm.models.sharding import whole_numel
 
-_TESTED_FAMILIES = ("gemma2", "gemma3_text", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+_TESTED_FAMILIES = {"gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
+_TESTED = f"Tested architectures: {', '.join(sorted(_TESTED_FAMILIES))}."
 
 
 @dataclass
@@ -301,10 +302,10 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"{name} changes its logits after the head in a way that lit_llm does not know (they differ by up to "
                 f"{(own_TV - self.head(hidden_TD).float()).abs().max().item():.3g}), so losses on hidden states would be "
-                f"wrong. Tested architectures: {', '.join(_TESTED_FAMILIES)}."
+                f"wrong. {_TESTED}"
             )
         if not _close(hidden_TD[:-1].float(), shorter_TD.float()):
-            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. Tested architectures: {', '.join(_TESTED_FAMILIES)}.")
+            raise ValueError(f"{name} is not causal: a later token changes earlier hidden states. {_TESTED}")
 
     @torch.no_grad()
     def check_packing(self) -> None:
@@ -323,7 +324,7 @@ class LanguageModel(nn.Module):
         if not _close(packed.float(), torch.cat(alone, 1).float(), tolerance):
             raise ValueError(
                 f"{type(self.transformer).__name__} does not keep sequences of one row apart, so packed rows would mix "
-                f"them.\n  Set data.pack_to: null. Tested architectures: {', '.join(_TESTED_FAMILIES)}."
+                f"them.\n  Set data.pack_to: null. {_TESTED}"
             )
         self._packing_unknown = False
 
@@ -358,10 +359,8 @@ class LanguageModel(nn.Module):
             ValueError: an empty prompt, or a setting outside its range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, no_repeat_ngram_size, seed)
-        with gathered(self):  # processes generate different numbers of tokens
-            return generation.generate(
-                self.transformer, self.tokenizer, prompts, sampling, batch_size, self.head.num_rows
-            )
+        num_tokens = self.head.num_rows
+        return generation.generate(self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens)
 
     def stream(
         self, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int
