@@ -4,8 +4,8 @@
     python tools/check_scale.py --cases kd_chunks dskd --stages 3
     python tools/check_scale.py --nodes                           # two launcher agents on loopback as two nodes
 
-Needs `lit_llm[deepspeed]`, and for --nodes nothing. Each case is a config of the tests: 4 optimizer steps under DDP, the same under
-`ZeroStrategy`, and 2 steps, a stop, and 2 more from the checkpoint. Columns, where 0 is equal to the last bit:
+Needs `lit_llm[deepspeed]`, and for --nodes nothing. Each case is a config of the tests: 4 optimizer steps under DDP, the
+same under `ZeroStrategy`, and 2 steps, a stop, and 2 more from the checkpoint. Columns, where 0 is equal to the last bit:
 
 - loss, norm, val: largest difference of the training loss, the gradient's norm and the validation loss from DDP;
 - weights: largest difference of the exported `model/` from that of DDP;
