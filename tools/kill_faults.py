@@ -10,7 +10,7 @@ import itertools
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +24,7 @@ from lit_llm.data.shard_files import readable, whole_tensors
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import CachedEdit, FactText
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.training_cli import TrainingCLI
 from tests.tiny_runs import store_options, tiny_config, write_rows
 
 Results = Iterator[dict[str, Any]]
@@ -87,13 +88,15 @@ def kill_store(place: Path, random: Random) -> Results:
     settings = store_options(place, shard_rows=60)
     call = ["cache_teacher", f"--config={config}", f"--run.root={place / 'runs'}", *settings]
     store, whole = place / "store", place / "whole"
-    seconds = _seconds(place, call) if not whole.exists() else float((place / "seconds").read_text())
+    seconds = (
+        _seconds(place, lambda: TrainingCLI.run(call)) if not whole.exists() else float((place / "seconds").read_text())
+    )
     if not whole.exists():
         store.rename(whole)
     wanted = {file.relative_to(whole): file.read_bytes() for file in sorted(whole.rglob("shard-*.safetensors"))}
     while True:
         before = {file: file.stat().st_mtime_ns for file in store.rglob("shard-*.safetensors")}
-        end = Process(lit_llm(*call), place / "log").end(after=random.uniform(0, seconds))
+        end = Process(lambda: TrainingCLI.run(call), place / "log").end(after=random.uniform(0, seconds))
         files = sorted(store.rglob("shard-*.safetensors"))
         for file in files:
             with readable(file) as shard:
@@ -195,12 +198,12 @@ def undisturbed(place: Path, command: list[str]) -> tuple[dict[str, torch.Tensor
     folder = place / "undisturbed"
     if not (place / "seconds").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _seconds(place, command)
+        _seconds(place, lit_llm(*command))
     return weights_of(newest(folder)), float((place / "seconds").read_text())
 
 
-def _seconds(place: Path, command: list[str]) -> float:
-    end = Process(lit_llm(*command), place / "log").end()
+def _seconds(place: Path, work: Callable[[], object]) -> float:
+    end = Process(work, place / "log").end()
     assert end.status == 0, end.said[-2000:]
     (place / "seconds").write_text(str(end.seconds))
     return end.seconds
