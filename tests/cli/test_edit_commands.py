@@ -18,7 +18,7 @@ FACT = {
     "prompt": {"en": "Oslo is in", "de": "Oslo liegt in"},
     "target": {"en": "the", "de": "the"},
 }
-QUICK = ["--layers", "[1,2]", "--optimising.steps", "30", "--optimising.learning_rate", "0.5"]
+QUICK = ["--layers", "[1,2]", "--optimising.steps", "30", "--target_end", "", "--optimising.learning_rate", "0.5"]
 QUICK += ["--optimising.clamp", "50", "--optimising.kl_weight", "0"]
 
 
