@@ -145,9 +145,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             return
         import deepspeed
 
-        dtype = (
-            self.precision_plugin._desired_dtype
-        )  # as DeepSpeed does for the other stages: the optimizer's copy is float32
+        # as DeepSpeed does for the other stages: the optimizer's copy is float32
+        dtype = self.precision_plugin._desired_dtype
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

@@ -215,9 +215,8 @@ class Method(Answering):
             self.log(f"train/{name}", mean, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        if not isinstance(
-            self.trainer.strategy, DeepSpeedStrategy
-        ):  # which clips by itself, and says the norm afterwards
+        # DeepSpeed clips by itself, and says the norm afterwards
+        if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
             norm = self._gradient_norm(self.parameters())
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             self.log("train/grad_norm", norm)

@@ -93,9 +93,8 @@ def _adapter_digests(folder: Path) -> tuple[str, str]:
     base = folder / "base.json"
     parts = [_file_digest(folder / "adapter_model.safetensors")]
     if base.is_file():
-        parts.append(
-            {**json.loads(base.read_text(encoding="utf-8")), "source": None}
-        )  # where it came from is not what it is
+        # where it came from is not what it is
+        parts.append({**json.loads(base.read_text(encoding="utf-8")), "source": None})
     settings = {
         **json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")),
         "base_model_name_or_path": None,
