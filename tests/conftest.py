@@ -42,6 +42,12 @@ def _own_cache(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test(monkeypatch):
+    """`seed_everything` leaves its number in the environment, where data modules look for it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """A folder of wheels that is all pip knows, and an empty cache."""

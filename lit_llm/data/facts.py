@@ -51,7 +51,7 @@ class Facts(PlannedData):
         batch_size: facts per micro-batch and process.
         eval_batch_size: facts whose questions make up a batch of validation and test.
         num_workers: processes that build batches; 0 builds them in the main process.
-        seed: of the order in which facts are edited.
+        seed: of the order in which facts are edited; `seed_everything` where it is left out.
 
     Attributes:
         known_model: hash of the model that `known` speaks of, after reading; None without it.
@@ -74,7 +74,7 @@ class Facts(PlannedData):
         batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: Optional[int] = None,
     ) -> None:
         for name, value in {"known_in": known_in, "limit": limit, "max_target_tokens": max_target_tokens}.items():
             if value is not None and value < 1:

@@ -58,7 +58,7 @@ class Instructions(PlannedData):
         limit: use only the first rows of every part. None: all.
         num_workers: processes that build batches; 0 builds them in the main process.
         tokenize_workers: processes that tokenise; 0 means one per 4,000 rows, at most the number of cores.
-        seed: of the order of training examples.
+        seed: of the order of training examples; `seed_everything` where it is left out.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Instructions(PlannedData):
         limit: Optional[int] = None,
         num_workers: int = 0,
         tokenize_workers: int = 0,
-        seed: int = 0,
+        seed: Optional[int] = None,
     ) -> None:
         check_room(max_prompt_length, max_length)
         if batch_tokens is not None and batch_size is not None:

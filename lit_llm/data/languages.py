@@ -17,6 +17,7 @@ from lit_llm.data.language_rows import LanguageBatches, RowSet, Stream, training
 from lit_llm.data.planned_data import Split, check_workers
 from lit_llm.data.step_sampler import StepLoader, StepSampler
 from lit_llm.data.tokenized import EvaluationPrompt, begin_ids
+from lit_llm.seeds import run_seed
 
 Sources = Union[str, list[str]]
 _PACKAGED = "package-text:software"
@@ -61,7 +62,7 @@ class Languages(L.LightningDataModule):
         num_workers: processes that build batches; 0 builds them in the main process.
         tokenize_workers: processes that tokenise; 0 means one per 4,000 documents, at most the number of cores.
         split_seed: of what is held out and of the order of documents; the same for both stages.
-        seed: of the order of rows.
+        seed: of the order of rows; `seed_everything` where it is left out.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Languages(L.LightningDataModule):
         num_workers: int = 0,
         tokenize_workers: int = 0,
         split_seed: int = 0,
-        seed: int = 0,
+        seed: Optional[int] = None,
     ) -> None:
         super().__init__()
         self.groups = DEFAULT_GROUPS if groups is None else groups
@@ -99,7 +100,7 @@ class Languages(L.LightningDataModule):
         self.limit = limit
         self.columns, self.isolate_documents, self.begin = columns or {}, isolate_documents, begin
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.tokenize_workers, self.split_seed, self.seed = tokenize_workers, split_seed, seed
+        self.tokenize_workers, self.split_seed, self.seed = tokenize_workers, split_seed, run_seed(seed)
         self.corpora: dict[str, Corpus] = {}
         self.sets: dict[str, RowSet] = {}
         self._training: dict[str, np.ndarray] = {}  # documents of each language that may be trained on

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lit_llm.data.rows import load_rows
 from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
 from lit_llm.data.tokenized import EvaluationPrompt
+from lit_llm.seeds import run_seed
 
 Split = Literal["train", "validation", "test"]
 
@@ -58,7 +59,7 @@ class PlannedData(L.LightningDataModule, ABC):
         limit: Optional[int],
         num_workers: int,
         tokenize_workers: int,
-        seed: int,
+        seed: Optional[int],
     ) -> None:
         super().__init__()
         counts = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "bucket": bucket, "limit": limit}
@@ -69,7 +70,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self.sources = {"train": train, "validation": validation, "test": test}
         self.columns, self.limit = columns or {}, limit
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.bucket, self.drop_last, self.seed = bucket, drop_last, seed
+        self.bucket, self.drop_last, self.seed = bucket, drop_last, run_seed(seed)
         self.num_workers, self.tokenize_workers = num_workers, tokenize_workers
         self.sets: dict[str, Any] = {}
 

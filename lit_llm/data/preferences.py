@@ -46,7 +46,7 @@ class Preferences(PlannedData):
         limit: use only the first rows of every part. None: all.
         num_workers: processes that build batches; 0 builds them in the main process.
         tokenize_workers: processes that tokenise; 0 means one per 4,000 rows, at most the number of cores.
-        seed: of the order of training pairs.
+        seed: of the order of training pairs; `seed_everything` where it is left out.
 
     Attributes:
         reference: part -> (N, 2) log-probabilities of the chosen and rejected answers of each of its pairs under a
@@ -75,7 +75,7 @@ class Preferences(PlannedData):
         limit: Optional[int] = None,
         num_workers: int = 0,
         tokenize_workers: int = 0,
-        seed: int = 0,
+        seed: Optional[int] = None,
     ) -> None:
         check_room(max_prompt_length, max_length)
         super().__init__(

@@ -34,6 +34,7 @@ from lit_llm.models.dispatch import Dispatch
 from lit_llm.models.expansion_plan import ExpansionPlan
 from lit_llm.models.experts import Gate, Routing, Scope, collect_routing
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.seeds import run_seed
 
 _STAGE_1 = {"expand": None, "similarity": None, "balance_coef": 0.01, "balance_over": "micro_batch"}
 _STAGE_2 = {
@@ -169,7 +170,7 @@ class LayerMoE(Method):
                 )
             return plan
         plan = plan_expansion(self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy)
-        surgery.expand(model, plan, settings.seed, settings.router_init, self.dispatch)
+        surgery.expand(model, plan, run_seed(settings.seed), settings.router_init, self.dispatch)
         return plan
 
     def _with_classifiers(self, model, data: Languages) -> ExpansionPlan:

@@ -46,7 +46,7 @@ class Expand:
         min_experts: of every layer, for `new_experts` and `delta`.
         experts_per_token: k, slots of a token; decided once, when a dense model is expanded.
         router_init: when a layer grows again: all rows `fresh`, as released, or `keep` those of older experts.
-        seed: of new routers.
+        seed: of new routers; `seed_everything` where it is left out.
     """
 
     new_experts: Optional[int] = None
@@ -56,7 +56,7 @@ class Expand:
     min_experts: int = 1
     experts_per_token: int = 2
     router_init: Literal["fresh", "keep"] = "fresh"
-    seed: int = 0
+    seed: Optional[int] = None
 
     def __post_init__(self) -> None:
         given = [name for name in _RULES if getattr(self, name) is not None]

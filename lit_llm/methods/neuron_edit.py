@@ -19,6 +19,7 @@ from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.editing import ALL, Editing
 from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.seeds import run_seed
 
 
 class NeuronEdit(Editing):
@@ -38,7 +39,7 @@ class NeuronEdit(Editing):
         train_on: values are optimised on the bare `prompts`, or on all `paraphrases` as well, for their number times the
             cost.
         neurons: `located` ones, or as many `random` ones: the control for the step of locating.
-        seed: of random neurons.
+        seed: of random neurons; `seed_everything` where it is left out.
         generation: answers written freely, to the questions about the first `prompts` facts (`test_prompts` in a test), up to
             four tokens more than the wanted ones have. They are greedy.
         edited_in: languages in which facts are edited; they are asked in all of `data.languages`. None: in all. One of
@@ -57,14 +58,14 @@ class NeuronEdit(Editing):
         trigger: Trigger = Trigger(),
         train_on: Literal["prompts", "paraphrases"] = "prompts",
         neurons: Literal["located", "random"] = "located",
-        seed: int = 0,
+        seed: Optional[int] = None,
         generation: Generation = Generation(max_new_tokens=16),
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
     ) -> None:
         super().__init__(student, generation, edited_in, crossed, replace, trigger)
-        self.settings = NeuronSettings(layers, locating, optimising, trigger, train_on, neurons, seed)
+        self.settings = NeuronSettings(layers, locating, optimising, trigger, train_on, neurons, run_seed(seed))
         self.editor: NeuronEditor | None = None
         self._selected: dict[int, list[Tensor]] = {}
         self._selected_in: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from lit_llm.data.batch import DistillationBatch
 from lit_llm.data.rollouts import Rollout, RolloutBatches
 from lit_llm.models.generation import check_sampling
 from lit_llm.models.language_model import LanguageModel
+from lit_llm.seeds import run_seed
 
 
 @dataclass
@@ -37,7 +38,7 @@ class OnPolicy:
         batch_size: prompts sampled at a time.
         validation_prompts: validation prompts that are answered at each validation to measure the divergence on the
             student's own answers (`val/sampled_...`); 0 turns it off.
-        seed: of coins and sampling.
+        seed: of coins and sampling; `seed_everything` where it is left out.
     """
 
     student_fraction: float = 0.5
@@ -49,7 +50,7 @@ class OnPolicy:
     top_k: int = 0
     batch_size: int = 64
     validation_prompts: int = 32
-    seed: int = 0
+    seed: Optional[int] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.student_fraction <= 1:
@@ -125,7 +126,9 @@ class Rollouts:
         prompts = self.method.trainer.datamodule.prompts("validation", self.settings.validation_prompts)
         if not prompts:
             return None
-        rollouts = self._sample([prompt.student_ids for prompt in prompts], self.settings.seed, self.method.student)
+        rollouts = self._sample(
+            [prompt.student_ids for prompt in prompts], run_seed(self.settings.seed), self.method.student
+        )
         theirs = [prompt.teacher_ids or [] for prompt in prompts]
         return self.batches([prompt.student_ids for prompt in prompts], theirs, rollouts).to(self.method.device)
 
@@ -207,7 +210,7 @@ class Rollouts:
         return generator.random() < self.settings.student_fraction
 
     def _seed(self, *numbers: int) -> int:
-        return random.Random(f"{self.settings.seed} {numbers}").getrandbits(31)
+        return random.Random(f"{run_seed(self.settings.seed)} {numbers}").getrandbits(31)
 
 
 def _rollout(fields: dict) -> Rollout:

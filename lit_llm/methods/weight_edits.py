@@ -30,6 +30,7 @@ from lit_llm.methods.answers import Generation
 from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.editing import Editing
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.seeds import run_seed
 
 _STARTS = ("The", "Therefore", "Because", "I", "You")
 _PACKAGED = "package-text:software"
@@ -57,7 +58,7 @@ class _WeightEditing(Editing):
         super().__init__(student, generation, edited_in, crossed, replace)
         if contexts is not None and contexts < 0:
             raise ValueError(f"model.contexts is {contexts}; it counts texts before a prompt, at least 0.")
-        self.given_layers, self.contexts, self.text, self.seed = layers, contexts, text, seed
+        self.given_layers, self.contexts, self.text, self.seed = layers, contexts, text, run_seed(seed)
         self._contexts: list[str] | None = None
         self._moments: SecondMoments | None = None
         self._inverses: dict[int, Inverse] = {}
@@ -250,7 +251,7 @@ class ROME(_WeightEditing):
         contexts: texts that the model writes and that stand before a prompt in its place; None: 20, ten of 5 tokens and ten
             of 10, as published.
         text: whose second moments weigh the key; None: the key is taken as it is, as released for 7B models.
-        seed: of the contexts.
+        seed: of the contexts; `seed_everything` where it is left out.
         generation: see `NeuronEdit`, also for the rest.
     """
 
@@ -261,7 +262,7 @@ class ROME(_WeightEditing):
         values: ValueSettings = ValueSettings(),
         contexts: Optional[int] = None,
         text: Optional[OrdinaryText] = None,
-        seed: int = 0,
+        seed: Optional[int] = None,
         generation: Generation = Generation(max_new_tokens=16),
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
@@ -308,7 +309,7 @@ class MEMIT(_WeightEditing):
         contexts: texts that the model writes and that stand before a prompt in its place; None: 5, as published.
         text: what is protected.
         covariance_weight: how strongly.
-        seed: of the contexts.
+        seed: of the contexts; `seed_everything` where it is left out.
         generation: see `NeuronEdit`, also for the rest.
     """
 
@@ -320,7 +321,7 @@ class MEMIT(_WeightEditing):
         contexts: Optional[int] = None,
         text: OrdinaryText = OrdinaryText(),
         covariance_weight: float = 15_000.0,
-        seed: int = 0,
+        seed: Optional[int] = None,
         generation: Generation = Generation(max_new_tokens=16),
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
@@ -358,7 +359,7 @@ class AlphaEdit(_WeightEditing):
         threshold: of the second moment along a free direction, absolute; None where `fraction` is given.
         fraction: instead, this share of the directions is free.
         ridge: L2 of the published code.
-        seed: of the contexts.
+        seed: of the contexts; `seed_everything` where it is left out.
         generation: see `NeuronEdit`, also for the rest.
     """
 
@@ -372,7 +373,7 @@ class AlphaEdit(_WeightEditing):
         threshold: Optional[float] = 0.02,
         fraction: Optional[float] = None,
         ridge: float = 10.0,
-        seed: int = 0,
+        seed: Optional[int] = None,
         generation: Generation = Generation(max_new_tokens=16),
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,

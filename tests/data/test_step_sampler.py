@@ -1,6 +1,7 @@
 """Optimizer steps are planned the same way on every rank, and resume where they stopped."""
 
 from lit_llm.data.step_sampler import StepLoader, StepSampler
+from tests.tiny_runs import fit, tiny_config
 
 LENGTHS = [5, 9, 3, 7, 8, 2, 6, 4, 10, 11, 12, 1, 13]
 SUPERVISED = [length - 1 for length in LENGTHS]
@@ -27,6 +28,16 @@ def test_ranks_share_an_epoch_without_overlap_and_know_the_same_totals():
     seen = [example for plan in ranks for micro in plan for example in micro.examples]
     assert len(seen) == len(set(seen)) == 12
     assert [(m.step_tokens, m.step_pairs) for m in ranks[0]] == [(m.step_tokens, m.step_pairs) for m in ranks[1]]
+
+
+def test_the_order_of_a_run_follows_its_seed_unless_the_data_have_their_own(tmp_path):
+    config = tiny_config(tmp_path, "sft", max_steps=1)
+
+    def order(*options):
+        return [micro.examples for micro in fit(config, *options).datamodule.train_dataloader().sampler.plan(0)]
+
+    assert order("--seed_everything=5") == order("--seed_everything=6", "--data.init_args.seed=5")
+    assert order("--seed_everything=5") != order("--seed_everything=6")
 
 
 def test_step_totals_are_those_of_all_micro_batches_of_the_step():
