@@ -5,6 +5,7 @@ Shapes: N prompts, L languages of a fact, F facts, m neurons of a layer, K store
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
@@ -139,8 +140,7 @@ class NeuronEditor:
 
     def _random(self, fact: EditedFact, located: dict[int, Located]) -> dict[int, Located]:
         """The same for a fact whatever else is in its batch."""
-        name = int.from_bytes(fact.edit.id.encode(), "little") % 2**31
-        drawn = random_neurons(list(located.values()), self.body.width, self.settings.seed + name)
+        drawn = random_neurons(list(located.values()), self.body.width, _seed_of(self.settings.seed, fact.edit.id))
         return dict(zip(located, drawn, strict=True))
 
     def _cached(self, fact: EditedFact, located: dict[int, Located], result: Optimised) -> CachedEdit:
@@ -180,3 +180,8 @@ class NeuronEditor:
             starts.append(first)
         special = self.tokenizer.all_special_ids
         return relation_vectors(self.body, rows, starts, self.layers[0], special).cpu()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Of a fact: a hash of all of its id, whose beginning is the relation's and the same in many facts."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")
