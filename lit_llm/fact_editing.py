@@ -21,7 +21,7 @@ from lit_llm.data.fact_tokens import encode_facts
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.locate import Locating
 from lit_llm.editing.optimise import Optimising
-from lit_llm.editing.triggers import Trigger
+from lit_llm.editing.triggers import Trigger, unheard
 from lit_llm.evaluation.editing import first_sentence
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EditedModel, fired
@@ -89,7 +89,7 @@ def edit_fact(
         edited.model,
         FactEncoding(missing_subjects="refuse", max_target_tokens=max_target_tokens, target_end=target_end),
     )
-    _check_free(kept, fact, replace)
+    _check_heard(_with(kept, fact, replace), fact, edited.model.tokenizer)
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
     (made,) = editor.edit([fact]).edits
@@ -200,11 +200,22 @@ def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> Edi
     return fact
 
 
-def _check_free(kept: EditSet, fact: EditedFact, replace: bool) -> None:
-    """Refuse before anything is computed what adding would refuse afterwards."""
+def _with(kept: EditSet, fact: EditedFact, replace: bool) -> EditSet:
+    """The edits with this one, without values yet: what adding would refuse is refused before anything is computed."""
     from lit_llm.editing.edit_cache import CachedEdit
 
-    EditSet.from_state(kept.state()).add(CachedEdit(fact.text, {}, {}), replace=replace)
+    grown = EditSet.from_state(kept.state())
+    grown.add(CachedEdit(fact.text, {}, {}), replace=replace)
+    return grown
+
+
+def _check_heard(edits: EditSet, fact: EditedFact, tokenizer) -> None:
+    names = {edit.fact.id: edit.fact.names() for edit in edits.cached}
+    for found in unheard(tokenizer, names, {fact.text.id: fact.text.prompts}):
+        raise ValueError(
+            f"The edit would not act on its own prompt in {found.language}, {found.prompt!r}: {found.reason}. Nothing was "
+            f"changed. Give --subject.{found.language} in full and as the prompt spells it."
+        )
 
 
 def _opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:

@@ -18,6 +18,7 @@ FACT = {
     "prompt": {"en": "Oslo is in", "de": "Oslo liegt in"},
     "target": {"en": "the", "de": "the"},
 }
+ROME = {"subject": {"en": "Rome", "de": "Rome"}, "prompt": {"en": "Rome is in", "de": "Rome liegt in"}}
 QUICK = ["--layers", "[1,2]", "--optimising.steps", "30", "--target_end", "", "--optimising.learning_rate", "0.5"]
 QUICK += ["--optimising.clamp", "50", "--optimising.kl_weight", "0"]
 
@@ -80,8 +81,7 @@ def test_after_undo_logits_are_those_of_before_bit_for_bit(model, edits, capsys)
 
 
 def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(model, edits, capsys):
-    rome = {"subject": {"en": "Rome", "de": "Rome"}, "prompt": {"en": "Rome is in", "de": "Rome liegt in"}}
-    call("edit", model, edits, *fact(**rome), *QUICK, "--id", "second")
+    call("edit", model, edits, *fact(**ROME), *QUICK, "--id", "second")
     capsys.readouterr()
     call("undo", model, edits)
     assert "oslo-land" in (listed := capsys.readouterr().out) and "Rome liegt in -> the" in listed
@@ -95,12 +95,28 @@ def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(mod
     ("changes", "options", "message"),
     [
         ({"prompt": {"en": "Rome is in"}}, (), "with a subject that no prompt names"),
+        (
+            {"subject": {"en": "Osslo", "de": "Osslo"}},
+            (),
+            "'Oslo is in': the longest name there is that of the edit 'oslo",
+        ),
+        (
+            {**ROME, "subject": {"en": "Romme", "de": "Romme"}},
+            (),
+            "would not act on its own prompt in en, 'Rome is in'",
+        ),
+        (
+            {"subject": {"en": "Rome", "de": "USA"}, "prompt": {"en": "Rome is in", "de": "Die USA"}},
+            (),
+            "in de, 'Die USA': its trigger looks for 'Rome' and finds none",
+        ),
         ({"target": {"de": ""}}, (), "no target in de"),
         ({"target": {"de": None}}, (), "no target in de"),
         ({"prompt": {"fr": "Oslo est en"}}, (), "no target in fr"),
         ({"subject": {"cz": "Oslo"}}, (), "'cz' is not a language code"),
         ({"target": {"en": "the dog or so"}}, ("--max_target_tokens", "1"), "a target of more than 1 tokens"),
         ({}, ("--relation", "land"), "is edited already"),
+        ({}, ("--relation", "land", "--id", "another"), "is edited already"),
         ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
         ({}, ("--locating.statistic", "mean"), None),
     ],
