@@ -8,9 +8,10 @@ Shapes: R rows, T columns, K stored prompts of an edit, N = R * T, d hidden size
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +48,14 @@ class FactText:
         return [*dict.fromkeys((*self.subjects.values(), *self.aliases))]
 
     def is_same_question(self, other: FactText) -> bool:
-        """Whether both edit one relation of one subject, told by what they call both in a common language."""
-        common = self.subjects.keys() & other.subjects.keys()
-        same_subject = any(_plain(self.subjects[language]) == _plain(other.subjects[language]) for language in common)
-        if not same_subject or (self.relation is not None and other.relation is not None):
-            return same_subject and self.relation == other.relation
-        return any(_plain(self.prompts.get(lang, "")) == _plain(other.prompts.get(lang, " ")) for lang in common)
+        """Whether both edit one relation of one subject: they share a name of it, of whatever language, and the relation; where
+        one has no relation, a prompt.
+        """
+        if not _share_one(self.names(), other.names()):
+            return False
+        if self.relation is not None and other.relation is not None:
+            return _plain(self.relation) == _plain(other.relation)
+        return _share_one(self.prompts.values(), other.prompts.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,5 +394,10 @@ def _real_columns(mask_RT: Tensor | None, row: int, columns: int) -> list[int]:
     return mask_RT[row, -columns:].nonzero().flatten().tolist()
 
 
+def _share_one(texts: Iterable[str], others: Iterable[str]) -> bool:
+    return not {_plain(text) for text in texts}.isdisjoint(_plain(text) for text in others)
+
+
+@lru_cache(maxsize=100_000)  # an edit is compared with all earlier ones
 def _plain(text: str) -> str:
     return " ".join(dotted(fold(text).text).split())

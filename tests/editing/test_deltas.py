@@ -198,7 +198,19 @@ def test_without_a_relation_the_prompts_tell_whether_two_edits_are_the_same():
     same = FactText("b", {"en": "France", "de": "Frankreich"}, {"en": "capital of  France?"}, {"en": "y"})
     other = FactText("c", {"en": "France"}, {"en": "Currency of France?"}, {"en": "z"})
     assert one.is_same_question(same) and not one.is_same_question(other)
-    assert not one.is_same_question(FactText("d", {"de": "France"}, {"de": "Capital of France?"}, {"de": "x"}))
+    assert not one.is_same_question(FactText("d", {"de": "France"}, {"de": "Hauptstadt von France?"}, {"de": "x"}))
+
+
+def test_a_subject_that_is_named_in_another_language_is_the_same_subject_whatever_the_id():
+    english = FactText("a", {"en": "Germany"}, {"en": "What?"}, {"en": "x"}, "capital", ("Deutschland",))
+    german = FactText("b", {"de": "Deutschland"}, {"de": "Was?"}, {"de": "y"}, "Capital", ("germany",))
+    only_german = FactText("c", {"de": "DEUTSCHLAND"}, {"de": "Was?"}, {"de": "y"}, "capital")
+    assert all(one.is_same_question(german) and german.is_same_question(one) for one in (english, only_german))
+    assert not english.is_same_question(FactText("d", {"de": "Deutschland"}, {"de": "Was?"}, {"de": "y"}, "currency"))
+    assert not english.is_same_question(FactText("e", {"de": "Österreich"}, {"de": "What?"}, {"de": "y"}, "capital"))
+    edits = EditSet("base", [WeightEdit(english, "memit", {})])
+    with pytest.raises(ValueError, match=r"'Deutschland' \(Capital\)|'Germany' \(capital\) is edited already"):
+        edits.add(WeightEdit(german, "memit", {}))
 
 
 def test_an_id_that_belongs_to_another_fact_is_refused():
