@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lit_llm.editing.deltas import Edit, EditStack, base_digest
+from lit_llm.editing.deltas import Edit, base_digest
 from lit_llm.editing.edit_cache import CachedEdit, EditCache, Firing
+from lit_llm.editing.edit_stack import EditStack
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.triggers import Trigger
 from lit_llm.models.language_model import LanguageModel
