@@ -83,7 +83,7 @@ def edit_fact(
             "trigger.scope is 'subject_relation', which compares a question with the prompts of an edit, but there is 1 prompt. "
             "Give another language, set trigger.relation_threshold, or trigger.scope: subject."
         )
-    edited, kept = _opened(model, edits, dtype, device, must_exist=False)
+    edited, kept = opened(model, edits, dtype, device, must_exist=False)
     fact = _encoded(
         request,
         edited.model,
@@ -131,7 +131,7 @@ def ask_edited(
     """
     check_language(language)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    edited, kept = _opened(model, edits, dtype, device)
+    edited, kept = opened(model, edits, dtype, device)
     _print_answers(edited, kept, [(language, text) for text in prompts], max_new_tokens)
 
 
@@ -160,7 +160,7 @@ def undo_edits(
     if id is None and not all:
         _list(EditSet.load(Path(edits)))
         return
-    edited, kept = _opened(model, edits, dtype, device)
+    edited, kept = opened(model, edits, dtype, device)
     removed = kept.remove(id)
     probes = [text for edit in removed for text in edit.fact.prompts.values()]
     with edited.under(kept):
@@ -218,7 +218,13 @@ def _check_heard(edits: EditSet, fact: EditedFact, tokenizer) -> None:
         )
 
 
-def _opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:
+def opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:
+    """A model and its file of edits.
+
+    Raises:
+        FileNotFoundError: there is no file and there must be one.
+        ValueError: edits of another base.
+    """
     if must_exist and not Path(edits).is_file():
         raise FileNotFoundError(f"There is no file of edits at {edits}. Edit a fact first, or correct --edits.")
     language_model = ModelSpec(source=model, dtype=dtype).load().eval().requires_grad_(False)

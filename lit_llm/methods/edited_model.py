@@ -70,7 +70,7 @@ class EditedModel:
             raise ValueError(
                 f"{len(cached)} edits are cached values, e.g. {cached[0].fact.id!r}: they are added to neurons where a text is "
                 f"about their subject, which a Hugging Face folder of weights cannot say. Keep the file {EDITS_FILE} beside the "
-                f"base model; `ask` reads both."
+                f"base model, where `ask` reads both, or let `bake` approximate them by a change of the weights."
             )
         with self.under(edits):
             self.model.save(folder)

@@ -172,4 +172,4 @@ def test_help_names_the_commands_without_loading_anything_heavy():
     code += "assert not {'torch', 'transformers', 'lightning'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo"))
+    assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo", "bake"))
