@@ -14,10 +14,11 @@ from typing import Literal, Optional, Union
 import torch
 
 from lit_llm.data.edit_batch import collate_edits
-from lit_llm.data.edit_requests import Edit, LanguageEdit, check_language
-from lit_llm.data.encoded_facts import FactEncoding, encode_edits
+from lit_llm.data.edit_requests import Edit, LanguageEdit
+from lit_llm.data.encoded_facts import Advice, FactEncoding, encode_edits
 from lit_llm.data.fact_tokens import FactText as Prompt
 from lit_llm.data.fact_tokens import encode_facts
+from lit_llm.data.language_codes import check_language
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.locate import Locating
 from lit_llm.editing.optimise import Optimising
