@@ -34,7 +34,7 @@ class NeuronEdit(Editing):
 
     Args:
         student: the model.
-        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        layers: that are edited, ascending; None: the middle, from 0.44 to 0.67 of the depth.
         locating: which neurons hold a fact.
         optimising: what is added to them.
         trigger: when an edit acts.

@@ -30,7 +30,7 @@ class NeuronSettings:
     """How facts are edited.
 
     Args:
-        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        layers: that are edited, ascending; None: the middle, from 0.44 to 0.67 of the depth.
         locating: which neurons hold a fact.
         optimising: what is added to them.
         trigger: when an edit acts.
@@ -78,7 +78,7 @@ class NeuronEditor:
 
     def __init__(self, body: FeedForwards, head: Head, tokenizer, settings: NeuronSettings) -> None:
         self.body, self.head, self.tokenizer, self.settings = body, head, tokenizer, settings
-        self.layers = body.default_layers() if settings.layers is None else list(settings.layers)
+        self.layers = body.middle_layers() if settings.layers is None else list(settings.layers)
         body.check_layers(self.layers)
 
     def edit(self, facts: Sequence[EditedFact]) -> Edited:
