@@ -67,9 +67,9 @@ class CachedEdit:
         neurons: by layer, indices, ascending.
         values: by layer, what is added to them.
         apply: where.
-        relation_Kd: pooled hidden states of the edit's prompts at the first edited layer (see `relation_vectors`); None
-            where only the subject is looked at.
-        relation_threshold: cosine that a question needs; None likewise.
+        relation_Kd: pooled hidden states of the edit's prompts at the first edited layer (see `relation_vectors`), in half
+            precision, as in the file; None: the edit cannot be told from another one of its subject.
+        relation_threshold: cosine that a question needs; None: only the subject is looked at.
         stats: numbers to look at.
     """
 
@@ -80,6 +80,10 @@ class CachedEdit:
     relation_Kd: Tensor | None = None
     relation_threshold: float | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.relation_Kd is not None:
+            object.__setattr__(self, "relation_Kd", self.relation_Kd.half())
 
     @property
     def layers(self) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lit_llm.editing.attribution import integrated_gradients
 from lit_llm.editing.edit_cache import CachedEdit, relation_vectors
@@ -148,6 +149,8 @@ class NeuronEditor:
         if trigger.scope == "subject_relation":
             given = trigger.relation_threshold
             threshold = relation_threshold(vectors_Kd) if given is None else given
+        else:  # only tells several edits of one subject apart, for which a file need not keep every paraphrase
+            vectors_Kd = _mean_by_language(vectors_Kd, [len(rows) for rows in fact.rows.values()])
         stats: dict[str, Any] = {
             "stop": result.stop,
             "steps": result.steps,
@@ -180,6 +183,11 @@ class NeuronEditor:
             starts.append(first)
         special = self.tokenizer.all_special_ids
         return relation_vectors(self.body, rows, starts, self.layers[0], special).cpu()
+
+
+def _mean_by_language(vectors_Kd: Tensor, rows: Sequence[int]) -> Tensor:
+    """(L, d), of norm 1; `rows` counts those of each language."""
+    return normalize(torch.stack([of_language_Kd.mean(0) for of_language_Kd in vectors_Kd.split(list(rows))]), dim=-1)
 
 
 def _seed_of(seed: int, name: str) -> int:
