@@ -90,9 +90,11 @@ def edit_fact(
         edited.model,
         FactEncoding(missing_subjects="refuse", max_target_tokens=max_target_tokens, target_end=target_end),
     )
-    _check_heard(_with(kept, fact, replace), fact, edited.model.tokenizer)
+    if layers is None and kept.cached:
+        layers = kept.cached[0].layers
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
+    _check_heard(_with(kept, fact, editor.layers, replace), fact, edited.model.tokenizer)
     (made,) = editor.edit([fact]).edits
     if made.stats["stop"] == "not_finite":
         raise ValueError(
@@ -201,12 +203,12 @@ def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> Edi
     return fact
 
 
-def _with(kept: EditSet, fact: EditedFact, replace: bool) -> EditSet:
+def _with(kept: EditSet, fact: EditedFact, layers: list[int], replace: bool) -> EditSet:
     """The edits with this one, without values yet: what adding would refuse is refused before anything is computed."""
     from lit_llm.editing.edit_cache import CachedEdit
 
     grown = EditSet.from_state(kept.state())
-    grown.add(CachedEdit(fact.text, {}, {}), replace=replace)
+    grown.add(CachedEdit(fact.text, dict.fromkeys(layers, torch.empty(0)), {}), replace=replace)
     return grown
 
 

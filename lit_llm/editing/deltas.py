@@ -93,7 +93,8 @@ class EditSet:
             replace: take the place of an edit of the same subject and relation, which goes to the history.
 
         Raises:
-            ValueError: there is one already and `replace` is not asked for; or the id belongs to another fact.
+            ValueError: there is one already and `replace` is not asked for; the id belongs to another fact; or cached values in
+                other layers than those of the cached edits that are there.
         """
         same = [other for other in self if other.fact.is_same_question(edit.fact)]
         if same and not replace:
@@ -107,6 +108,7 @@ class EditSet:
                 f"The id {edit.fact.id!r} belongs to {_question(other)}, and the new edit is of {_question(edit.fact)}. Choose "
                 f"another id."
             )
+        _check_layers(edit, [other for other in self.cached if other not in same])
         for other in same:
             self.history.append(self._edits.pop(other.fact.id))
         self._edits[edit.fact.id] = edit
@@ -181,6 +183,15 @@ class EditSet:
 def base_digest(body: FeedForwards) -> str:
     """sha256 of all weights of a model as it is; to be taken before it is edited."""
     return state_digest(body.transformer)
+
+
+def _check_layers(edit: Edit, others: Sequence[CachedEdit]) -> None:
+    """Which edit a text means is decided at the first layer of all of them; in layers of their own two could act at once."""
+    if isinstance(edit, CachedEdit) and others and edit.layers != others[0].layers:
+        raise ValueError(
+            f"The edit {edit.fact.id!r} is in the layers {edit.layers}, but those that are there, e.g. "
+            f"{others[0].fact.id!r}, are in {others[0].layers}. Edit in these layers, or keep the edit in another file."
+        )
 
 
 def _question(fact: FactText) -> str:

@@ -136,6 +136,16 @@ def test_an_id_that_belongs_to_another_fact_is_refused():
             edits.add(low_rank("a", subject="Spain"), replace=replace)
 
 
+def test_cached_values_in_other_layers_are_refused_for_two_edits_could_act_at_once():
+    one, other = cached("a"), cached("b")
+    other = CachedEdit(other.fact, {2: other.neurons[2]}, {2: other.values[2]}, "lookup")
+    edits = EditSet("base", [one, low_rank("c", layers=(3,))])
+    with pytest.raises(ValueError, match=r"'b' is in the layers \[2\].*'a', are in \[1, 2\]"):
+        edits.add(other)
+    edits.add(CachedEdit(one.fact, other.neurons, other.values), replace=True)
+    assert [edit.layers for edit in edits.cached] == [[2]]
+
+
 def test_removing_takes_out_one_or_all_and_knows_the_names():
     edits = EditSet("base", [low_rank("a"), cached("b"), low_rank("c")])
     assert [edit.fact.id for edit in edits.remove("b")] == ["b"]
