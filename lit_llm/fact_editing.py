@@ -197,8 +197,10 @@ def _request(subject, prompt, target, relation, name) -> Edit:
 
 
 def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> EditedFact:
-    name = "the command line"
-    encoded = encode_edits([request], encoding, model.tokenizer, name=name)
+    advice = Advice(
+        "Shorten the target, or raise --max_target_tokens.", "Give --subject in that language as the prompt spells it."
+    )
+    encoded = encode_edits([request], encoding, model.tokenizer, name="the command line", advice=advice)
     (fact,) = edited_facts(collate_edits(encoded.facts, encoded.languages, model.tokenizer.pad_token_id))
     return fact
 

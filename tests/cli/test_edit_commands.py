@@ -94,7 +94,7 @@ def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(mod
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"prompt": {"en": "Rome is in"}}, (), "with a subject that no prompt names"),
+        ({"prompt": {"en": "Rome is in"}}, (), "(en).\n  Give --subject in that language as the prompt spells it."),
         (
             {"subject": {"en": "Osslo", "de": "Osslo"}},
             (),
@@ -114,7 +114,11 @@ def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(mod
         ({"target": {"de": None}}, (), "no target in de"),
         ({"prompt": {"fr": "Oslo est en"}}, (), "no target in fr"),
         ({"subject": {"cz": "Oslo"}}, (), "'cz' is not a language code"),
-        ({"target": {"en": "the dog or so"}}, ("--max_target_tokens", "1"), "a target of more than 1 tokens"),
+        (
+            {"target": {"en": "the dog or so"}},
+            ("--max_target_tokens", "1"),
+            "Shorten the target, or raise --max_target",
+        ),
         ({}, ("--relation", "land"), "is edited already"),
         ({}, ("--relation", "land", "--id", "another"), "is edited already"),
         ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
@@ -151,6 +155,24 @@ def test_edits_of_another_model_are_refused(edits, tmp_path, capsys):
         with pytest.raises(SystemExit):
             call(command, other, edits, *options)
         assert "Load the model that was edited" in capsys.readouterr().err
+
+
+def test_edits_of_the_same_model_in_another_precision_say_which(model, edits, capsys):
+    for command, options in {"ask": ["--prompt", '["Oslo is in"]'], "edit": fact(**ROME)}.items():
+        with pytest.raises(SystemExit):
+            call(command, model, edits, *options, "--dtype", "bfloat16")
+        error = capsys.readouterr().err
+        assert (
+            "were made in float32, but this model is loaded in bfloat16" in error and "Give --dtype float32." in error
+        )
+
+
+def test_the_commands_own_options_are_what_messages_name(model, tmp_path, capsys):
+    long = {"target": {"en": "the dog or so"}}
+    for changes, options in ((long, ["--max_target_tokens", "1"]), ({"prompt": {"en": "Rome is in"}}, [])):
+        with pytest.raises(SystemExit):
+            call("edit", model, tmp_path / "edits.safetensors", *fact(**changes), *options)
+        assert "data." not in capsys.readouterr().err
 
 
 def test_an_edit_is_replaced_where_that_is_asked_for(model, edits, capsys):
