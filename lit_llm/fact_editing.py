@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal, Optional, Union, get_args
 
 import torch
 
@@ -235,9 +235,24 @@ def opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = T
     language_model = ModelSpec(source=model, dtype=dtype).load().eval().requires_grad_(False)
     language_model.to(chosen_device(device))
     edited = EditedModel(language_model)
-    if Path(edits).is_file():
-        return edited, EditSet.load(Path(edits), base=edited.digest)
-    return edited, EditSet(edited.digest)
+    if not Path(edits).is_file():
+        return edited, EditSet(edited.digest)
+    base = EditSet.load(Path(edits)).base
+    made_in = None if base == edited.digest else _dtype_of(model, base, dtype)
+    if made_in is not None:
+        raise ValueError(
+            f"The edits of {edits} were made in {made_in}, but this model is loaded in {dtype}, where its weights are other "
+            f"numbers. Give --dtype {made_in}."
+        )
+    return edited, EditSet.load(Path(edits), base=edited.digest)
+
+
+def _dtype_of(model: str, base: str, loaded: str) -> str | None:
+    """The precision in which the model has the weights that a file of edits names; None: in none of them."""
+    for dtype in get_args(Dtype):
+        if dtype != loaded and EditedModel(ModelSpec(source=model, dtype=dtype).load()).digest == base:
+            return dtype
+    return None
 
 
 @torch.no_grad()

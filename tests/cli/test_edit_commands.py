@@ -121,15 +121,15 @@ def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(mod
         ),
         ({}, ("--relation", "land"), "is edited already"),
         ({}, ("--relation", "land", "--id", "another"), "is edited already"),
-        ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
-        ({}, ("--locating.statistic", "mean"), None),
-    ],
-)
         (
             ROME,
             ("--layers", "[2]"),
             "'rome' is in the layers [2], but those that are there, e.g. 'oslo-land', are in [1, 2]",
         ),
+        ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
+        ({}, ("--locating.statistic", "mean"), None),
+    ],
+)
 def test_a_bad_request_gives_one_message_and_changes_nothing(model, edits, capsys, changes, options, message):
     before = edits.read_bytes()
     with pytest.raises(SystemExit) as stop:
