@@ -38,6 +38,7 @@ _COMMANDS = {
         'ask --model DIR --edits FILE --prompt "The capital of Malta is"',
     ),
     "undo": ("take back one edit or all, or list them", "undo --model DIR --edits FILE --id malta"),
+    "bake": ("write edits into the weights of a model folder", "bake --model DIR --edits FILE --to DIR"),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
 
@@ -90,7 +91,7 @@ def _run(given: list[str]) -> None:
             from lit_llm.commands import judge
 
             judge(options)
-        elif command in ("edit", "ask", "undo"):
+        elif command in ("edit", "ask", "undo", "bake"):
             from lit_llm import commands
 
             getattr(commands, command)(options)

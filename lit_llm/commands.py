@@ -63,6 +63,13 @@ def undo(options: list[str]) -> None:
     _run(undo_edits, "undo", options)
 
 
+def bake(options: list[str]) -> None:
+    """Parse the options of `bake` and run it."""
+    from lit_llm.baking import bake_edits
+
+    _run(bake_edits, "bake", options)
+
+
 def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
     _run(rebuild_report, "report", options, as_positional=True)

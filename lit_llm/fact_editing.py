@@ -9,19 +9,20 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Literal, Optional, Union, get_args
 
 import torch
 
 from lit_llm.data.edit_batch import collate_edits
-from lit_llm.data.edit_requests import Edit, LanguageEdit, check_language
-from lit_llm.data.encoded_facts import FactEncoding, encode_edits
+from lit_llm.data.edit_requests import Edit, LanguageEdit
+from lit_llm.data.encoded_facts import Advice, FactEncoding, encode_edits
 from lit_llm.data.fact_tokens import FactText as Prompt
 from lit_llm.data.fact_tokens import encode_facts
+from lit_llm.data.language_codes import check_language
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.locate import Locating
 from lit_llm.editing.optimise import Optimising
-from lit_llm.editing.triggers import Trigger
+from lit_llm.editing.triggers import Trigger, unheard
 from lit_llm.evaluation.editing import first_sentence
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EditedModel, fired
@@ -67,7 +68,7 @@ def edit_fact(
         target: language -> what is to come next.
         relation: what the prompts ask of the subject, e.g. capital: another edit of the same subject and relation is refused.
         id: names the edit, for `undo`. None: made of subject and relation.
-        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        layers: that are edited, ascending; None: those of the edits in the file, else the middle, 0.44 to 0.67 of the depth.
         locating: which neurons hold the fact.
         optimising: what is added to them.
         trigger: when the edit acts: wherever its subject is named, or only where the question is close to its prompts.
@@ -83,15 +84,17 @@ def edit_fact(
             "trigger.scope is 'subject_relation', which compares a question with the prompts of an edit, but there is 1 prompt. "
             "Give another language, set trigger.relation_threshold, or trigger.scope: subject."
         )
-    edited, kept = _opened(model, edits, dtype, device, must_exist=False)
+    edited, kept = opened(model, edits, dtype, device, must_exist=False)
     fact = _encoded(
         request,
         edited.model,
         FactEncoding(missing_subjects="refuse", max_target_tokens=max_target_tokens, target_end=target_end),
     )
-    _check_free(kept, fact, replace)
+    if layers is None and kept.cached:
+        layers = kept.cached[0].layers
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
+    _check_heard(_with(kept, fact, editor.layers, replace), fact, edited.model.tokenizer)
     (made,) = editor.edit([fact]).edits
     if made.stats["stop"] == "not_finite":
         raise ValueError(
@@ -131,7 +134,7 @@ def ask_edited(
     """
     check_language(language)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    edited, kept = _opened(model, edits, dtype, device)
+    edited, kept = opened(model, edits, dtype, device)
     _print_answers(edited, kept, [(language, text) for text in prompts], max_new_tokens)
 
 
@@ -160,7 +163,7 @@ def undo_edits(
     if id is None and not all:
         _list(EditSet.load(Path(edits)))
         return
-    edited, kept = _opened(model, edits, dtype, device)
+    edited, kept = opened(model, edits, dtype, device)
     removed = kept.remove(id)
     probes = [text for edit in removed for text in edit.fact.prompts.values()]
     with edited.under(kept):
@@ -194,28 +197,62 @@ def _request(subject, prompt, target, relation, name) -> Edit:
 
 
 def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> EditedFact:
-    name = "the command line"
-    encoded = encode_edits([request], encoding, model.tokenizer, name=name)
+    advice = Advice(
+        "Shorten the target, or raise --max_target_tokens.", "Give --subject in that language as the prompt spells it."
+    )
+    encoded = encode_edits([request], encoding, model.tokenizer, name="the command line", advice=advice)
     (fact,) = edited_facts(collate_edits(encoded.facts, encoded.languages, model.tokenizer.pad_token_id))
     return fact
 
 
-def _check_free(kept: EditSet, fact: EditedFact, replace: bool) -> None:
-    """Refuse before anything is computed what adding would refuse afterwards."""
+def _with(kept: EditSet, fact: EditedFact, layers: list[int], replace: bool) -> EditSet:
+    """The edits with this one, without values yet: what adding would refuse is refused before anything is computed."""
     from lit_llm.editing.edit_cache import CachedEdit
 
-    EditSet.from_state(kept.state()).add(CachedEdit(fact.text, {}, {}), replace=replace)
+    grown = EditSet.from_state(kept.state())
+    grown.add(CachedEdit(fact.text, dict.fromkeys(layers, torch.empty(0)), {}), replace=replace)
+    return grown
 
 
-def _opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:
+def _check_heard(edits: EditSet, fact: EditedFact, tokenizer) -> None:
+    names = {edit.fact.id: edit.fact.names() for edit in edits.cached}
+    for found in unheard(tokenizer, names, {fact.text.id: fact.text.prompts}):
+        raise ValueError(
+            f"The edit would not act on its own prompt in {found.language}, {found.prompt!r}: {found.reason}. Nothing was "
+            f"changed. Give --subject.{found.language} in full and as the prompt spells it."
+        )
+
+
+def opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:
+    """A model and its file of edits.
+
+    Raises:
+        FileNotFoundError: there is no file and there must be one.
+        ValueError: edits of another base.
+    """
     if must_exist and not Path(edits).is_file():
         raise FileNotFoundError(f"There is no file of edits at {edits}. Edit a fact first, or correct --edits.")
     language_model = ModelSpec(source=model, dtype=dtype).load().eval().requires_grad_(False)
     language_model.to(chosen_device(device))
     edited = EditedModel(language_model)
-    if Path(edits).is_file():
-        return edited, EditSet.load(Path(edits), base=edited.digest)
-    return edited, EditSet(edited.digest)
+    if not Path(edits).is_file():
+        return edited, EditSet(edited.digest)
+    base = EditSet.load(Path(edits)).base
+    made_in = None if base == edited.digest else _dtype_of(model, base, dtype)
+    if made_in is not None:
+        raise ValueError(
+            f"The edits of {edits} were made in {made_in}, but this model is loaded in {dtype}, where its weights are other "
+            f"numbers. Give --dtype {made_in}."
+        )
+    return edited, EditSet.load(Path(edits), base=edited.digest)
+
+
+def _dtype_of(model: str, base: str, loaded: str) -> str | None:
+    """The precision in which the model has the weights that a file of edits names; None: in none of them."""
+    for dtype in get_args(Dtype):
+        if dtype != loaded and EditedModel(ModelSpec(source=model, dtype=dtype).load()).digest == base:
+            return dtype
+    return None
 
 
 @torch.no_grad()

@@ -9,19 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# ISO 639-1. Where words are separated depends on the language, so a wrong code must not pass.
-_TWO_LETTERS = frozenset(
-    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo es "
-    "et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj "
-    "kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv "
-    "ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta te tg th ti "
-    "tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
-)
-_MEANT = {  # what people write instead
-    **{"cz": "cs", "du": "nl", "jp": "ja", "cn": "zh", "gr": "el", "ua": "uk", "dk": "da", "vn": "vi", "ge": "ka"},
-    **{"in": "id", "iw": "he", "sp": "es"},
-    **{"zho": "zh", "chi": "zh", "jpn": "ja", "tha": "th", "khm": "km", "lao": "lo", "mya": "my", "bur": "my"},
-}
+from lit_llm.data.language_codes import check_language, primary_language
+
 UNSPACED = frozenset(["zh", "ja", "th", "km", "lo", "my"])  # languages that put no space between words
 
 
@@ -179,26 +168,6 @@ class EditRequest:
         """The same request in these of its languages, in this order."""
         questions = {code: self.questions[code] for code in languages if code in self.questions}
         return EditRequest(self.edit.in_languages(languages), questions)
-
-
-def check_language(code: str) -> None:
-    """See that a string is a language code: two letters of ISO 639-1, or three for a language that has no such code.
-
-    Parts behind a hyphen (`zh-Hant`) are free.
-
-    Raises:
-        ValueError: it is not; where a common mistake is recognised, the right code is named.
-    """
-    main = primary_language(code)
-    known = main in _TWO_LETTERS or (len(main) == 3 and main.isascii() and main.isalpha() and main not in _MEANT)
-    if not known or code.split("-")[0] != main:
-        hint = f" Is it {_MEANT[main]}?" if main in _MEANT else ""
-        raise ValueError(f"{code!r} is not a language code of ISO 639 in small letters (en, de, zh, ...).{hint}")
-
-
-def primary_language(code: str) -> str:
-    """`zh` of `zh-Hant`."""
-    return code.split("-")[0].lower()
 
 
 def separator(prompt: str, language: str, rule: str = "auto") -> str:

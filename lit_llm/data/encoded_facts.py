@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Optional
+from typing import Literal, NamedTuple, Optional
 
 from lit_llm.data.edit_batch import KINDS, EditRow, EncodedEdit, Kind, QuestionRow
 from lit_llm.data.edit_requests import Edit, EditRequest, Question
@@ -122,6 +122,18 @@ class EditSet:
         return EvaluationPrompt(target.prompt, list(first.tokens.prompt_ids), None, [target.target_new])
 
 
+class Advice(NamedTuple):
+    """What messages tell to do.
+
+    Attributes:
+        long_target: about a target of too many tokens.
+        lost_subject: about a subject that no prompt names.
+    """
+
+    long_target: str = "Raise data.max_target_tokens or set data.bad_rows: drop."
+    lost_subject: str = "Correct the subjects, or set data.missing_subjects: drop or prompt_end."
+
+
 def encode_edits(
     edits: Sequence[Edit],
     encoding: FactEncoding,
@@ -130,6 +142,7 @@ def encode_edits(
     bad_rows: Literal["refuse", "drop"] = "refuse",
     dropped: Mapping[str, int] = {},  # noqa: B006  read only
     name: str = "the facts",
+    advice: Advice = Advice(),
 ) -> EditSet:
     """Tokenise edits.
 
@@ -140,6 +153,7 @@ def encode_edits(
         bad_rows: what happens to edits with a target of more than `max_target_tokens`.
         dropped: what was dropped before, for the summary.
         name: of the data, for messages.
+        advice: for messages.
 
     Raises:
         ValueError: a missing subject with `missing_subjects: refuse`, or a target that is too long with
@@ -159,12 +173,9 @@ def encode_edits(
         else:
             kept.append(fact)
     if found[long_] and bad_rows == "refuse":
-        raise ValueError(
-            _refusal(name, long_, found[long_], "Raise data.max_target_tokens or set data.bad_rows: drop.")
-        )
+        raise ValueError(_refusal(name, long_, found[long_], advice.long_target))
     if found[lost] and encoding.missing_subjects == "refuse":
-        step = "Correct the subjects, or set data.missing_subjects: drop or prompt_end."
-        raise ValueError(_refusal(name, lost, found[lost], step))
+        raise ValueError(_refusal(name, lost, found[lost], advice.lost_subject))
     counts.update({reason: len(members) for reason, members in found.items() if members})
     if not kept:
         raise ValueError(

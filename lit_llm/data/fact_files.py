@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions, check_language
+from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions
+from lit_llm.data.language_codes import check_language
 
 COUNTRIES = "facts:countries"
 _TOP = {"id", "dataset", "relation", "names", "by_lang"}

@@ -11,10 +11,11 @@ from typing import Literal, Optional
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_llm.data.edit_batch import EditBatch, QuestionBatch, collate_edits, collate_questions
-from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions, check_language
+from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions
 from lit_llm.data.encoded_facts import EditSet, FactEncoding, QuestionSet, encode_edits, encode_questions
 from lit_llm.data.fact_files import FactFile, read_requests, resolve_source
 from lit_llm.data.fact_tokens import Separator
+from lit_llm.data.language_codes import check_language
 from lit_llm.data.planned_data import PlannedData, Split
 from lit_llm.data.step_sampler import MicroBatch
 

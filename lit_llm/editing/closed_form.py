@@ -311,12 +311,13 @@ def bake(
     Returns:
         For each fact its part of the updates by layer, which the model has already received.
     """
-    layers = sorted(facts[0].neurons)
+    layers = sorted({layer for fact in facts for layer in fact.neurons})
     parts: list[dict[int, LowRank]] = [{} for _ in facts]
     for layer in layers:
         weight_dm = body.weight(layer).detach().double()
         keys, added, owner = [], [], []
-        for index, fact in enumerate(facts):
+        here = [(index, fact) for index, fact in enumerate(facts) if layer in fact.neurons]
+        for index, fact in here:
             places = _places(fact)
             keys += places
             value_d = weight_dm[:, fact.neurons[layer]] @ fact.values[layer].double()
@@ -325,7 +326,7 @@ def bake(
         keys_mN = neurons_at(body, keys, [layer])[layer].T
         update = LowRank(torch.stack(added, 1), memit_keys(covariances[layer], keys_mN, covariance_weight))
         add_to_weights(body, {layer: update})
-        for index in range(len(facts)):
+        for index, _ in here:
             parts[index][layer] = update.columns([column for column, fact in enumerate(owner) if fact == index])
     return parts
 

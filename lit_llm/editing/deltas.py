@@ -1,10 +1,7 @@
-"""Edits as small files over an untouched base: list, apply, undo one or all, write into the weights.
+"""Edits as small files over an untouched base: add, list, take out.
 
 An edit is either values of cached neurons or a change of down projections, most often of low rank. A file names the base by
-the hash of its weights and is refused on another. Weights are never changed back by subtraction: they are composed anew
-from the base's own numbers, so undoing is exact in any order and in any precision.
-
-Shapes: d hidden size, m neurons of a layer, N columns of a low-rank change.
+the hash of its weights and is refused on another.
 """
 
 from __future__ import annotations
@@ -13,21 +10,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_llm.editing.closed_form import Bakeable, Covariance, LowRank, bake
+from lit_llm.editing.closed_form import LowRank
 from lit_llm.editing.edit_cache import CachedEdit, FactText
 from lit_llm.editing.fine_tuning import DenseChange
 from lit_llm.editing.hooks import FeedForwards
-from lit_llm.editing.rows import Row
 from lit_llm.models.weights import state_digest
 from lit_llm.storage import write_atomically
-
-if TYPE_CHECKING:
-    from lit_llm.models.language_model import LanguageModel
 
 _FORMAT = 1
 
@@ -100,7 +93,8 @@ class EditSet:
             replace: take the place of an edit of the same subject and relation, which goes to the history.
 
         Raises:
-            ValueError: there is one already and `replace` is not asked for; or the id belongs to another fact.
+            ValueError: there is one already and `replace` is not asked for; the id belongs to another fact; or cached values in
+                other layers than those of the cached edits that are there.
         """
         same = [other for other in self if other.fact.is_same_question(edit.fact)]
         if same and not replace:
@@ -114,6 +108,7 @@ class EditSet:
                 f"The id {edit.fact.id!r} belongs to {_question(other)}, and the new edit is of {_question(edit.fact)}. Choose "
                 f"another id."
             )
+        _check_layers(edit, [other for other in self.cached if other not in same])
         for other in same:
             self.history.append(self._edits.pop(other.fact.id))
         self._edits[edit.fact.id] = edit
@@ -185,162 +180,17 @@ class EditSet:
         return edits
 
 
-class EditStack:
-    """Changes of weights over a base: the live weights are always the base's plus the changes that are active.
-
-    Args:
-        body: the model, as it is before any edit.
-    """
-
-    def __init__(self, body: FeedForwards) -> None:
-        self.body = body
-        self._base: dict[int, list[Tensor]] = {}
-        self._active: dict[str, WeightEdit] = {}
-
-    @property
-    def active(self) -> list[str]:
-        """Ids of the edits that the weights contain."""
-        return list(self._active)
-
-    def apply(self, edits: Sequence[WeightEdit]) -> None:
-        """Add edits to the live weights.
-
-        Raises:
-            ValueError: one is active already, or was computed for other shapes; nothing is changed then.
-        """
-        for edit in edits:
-            if edit.fact.id in self._active:
-                raise ValueError(f"The edit {edit.fact.id!r} is active already. Undo it first.")
-            for layer, change in edit.changes.items():
-                self.body.check_layers([layer])
-                _check_shape(self.body, layer, change, edit.fact.id)
-        touched = {layer for edit in edits for layer in edit.changes}
-        for layer in touched - self._base.keys():
-            self._base[layer] = [parameter.detach().cpu().clone() for parameter in self.body.down(layer).parameters()]
-        self._active |= {edit.fact.id: edit for edit in edits}
-        self._compose(touched)
-
-    def undo(self, name: str | None = None) -> None:
-        """Take one edit, or all, out of the live weights.
-
-        Raises:
-            ValueError: it is not active.
-        """
-        if name is not None and name not in self._active:
-            raise ValueError(f"The edit {name!r} is not active; active are {', '.join(self._active) or 'none'}.")
-        removed = list(self._active.values()) if name is None else [self._active[name]]
-        for edit in removed:
-            del self._active[edit.fact.id]
-        self._compose({layer for edit in removed for layer in edit.changes})
-
-    def merge(self) -> None:
-        """Make the live weights the base from now on; what is active can no longer be undone."""
-        self._base, self._active = {}, {}
-
-    def base_state(self) -> dict[int, list[Tensor]]:
-        """By layer, the untouched parameters of the down projections that edits have touched."""
-        return {layer: [value.clone() for value in values] for layer, values in self._base.items()}
-
-    @torch.no_grad()
-    def _compose(self, layers: set[int]) -> None:
-        for layer in layers:
-            for parameter, value in zip(self.body.down(layer).parameters(), self._base[layer], strict=True):
-                parameter.copy_(value)
-            changes = [edit.changes[layer] for edit in self._active.values() if layer in edit.changes]
-            if not changes:
-                continue
-            weight_dm, bias_d = self.body.weight(layer), getattr(self.body.down(layer), "bias", None)
-            dense = [change.dense() if isinstance(change, LowRank) else change.weight for change in changes]
-            biases = [change.bias for change in changes if isinstance(change, DenseChange) and change.bias is not None]
-            weight_dm.copy_(_sum(weight_dm, dense))
-            if biases:
-                bias_d.copy_(_sum(bias_d, biases))
-
-
-def baked(
-    body: FeedForwards,
-    edits: Sequence[CachedEdit],
-    prompts: Mapping[str, Sequence[Row]],
-    covariances: Mapping[int, Covariance],
-    *,
-    covariance_weight: float = 15_000.0,
-) -> list[WeightEdit]:
-    """Cached edits as changes of weights, for serving without hooks; the model is left as it was.
-
-    What the weights then do to other texts is no longer nothing, as it is with the cache: measure locality again.
-
-    Args:
-        prompts: by id, the edit prompts of all languages.
-        covariances: by layer, second moments over ordinary text, or their inverses.
-        covariance_weight: how strongly ordinary text is protected.
-
-    Raises:
-        ValueError: values added at the prompt's last token alone, which has no such form; edits without prompts or in
-            different layers.
-    """
-    missing = [edit.fact.id for edit in edits if not prompts.get(edit.fact.id)]
-    if missing or len({tuple(edit.layers) for edit in edits}) != 1:
-        raise ValueError(
-            f"Edits written into weights need their prompts and common layers, but prompts are missing for {missing} and the "
-            f"layers are {sorted({tuple(edit.layers) for edit in edits})}."
-        )
-    for edit in edits:
-        if edit.apply == "prompt_last":
-            raise ValueError(
-                f"The edit {edit.fact.id!r} acts at the prompt's last token, whatever stands there, so no key stands for it in "
-                f"the weights. Only edits with apply: tail or lookup can be written into them."
-            )
-    facts = [Bakeable(tuple(prompts[e.fact.id]), e.neurons, e.values, e.apply == "tail") for e in edits]
-    with body.restoring(edits[0].layers):
-        parts = bake(body, facts, covariances, covariance_weight=covariance_weight)
-    return [WeightEdit(edit.fact, "bake", part) for edit, part in zip(edits, parts, strict=True)]
-
-
-def export(model: LanguageModel, stack: EditStack, edits: EditSet, folder: Path) -> None:
-    """Write the edited model as a plain Hugging Face folder; the model in memory keeps its base.
-
-    Args:
-        model: holds the transformer of `stack`.
-        stack: edits that are not active are applied for the while.
-        edits: all of which the folder contains.
-
-    Raises:
-        ValueError: cached edits are among them: a folder of weights cannot hold what hooks do.
-    """
-    if edits.cached:
-        raise ValueError(
-            f"{len(edits.cached)} edits are cached values, e.g. {edits.cached[0].fact.id!r}, which live in hooks beside the "
-            f"weights. Write them into the weights first (`baked`), or undo them."
-        )
-    passing = [edit for edit in edits.of_weights if edit.fact.id not in stack.active]
-    stack.apply(passing)
-    try:
-        model.save(Path(folder))
-    finally:
-        for edit in passing:
-            stack.undo(edit.fact.id)
-
-
 def base_digest(body: FeedForwards) -> str:
     """sha256 of all weights of a model as it is; to be taken before it is edited."""
     return state_digest(body.transformer)
 
 
-def _sum(start: Tensor, changes: Sequence[Tensor]) -> Tensor:
-    """In float64, rounded once."""
-    total = start.double()
-    for change in changes:
-        total = total + change.to(total)
-    return total.to(start.dtype)
-
-
-def _check_shape(body: FeedForwards, layer: int, change: LowRank | DenseChange, name: str) -> None:
-    weight_dm = body.weight(layer)
-    shape = (change.left.shape[0], change.right.shape[0]) if isinstance(change, LowRank) else tuple(change.weight.shape)
-    if shape != tuple(weight_dm.shape):
+def _check_layers(edit: Edit, others: Sequence[CachedEdit]) -> None:
+    """Which edit a text means is decided at the first layer of all of them; in layers of their own two could act at once."""
+    if isinstance(edit, CachedEdit) and others and edit.layers != others[0].layers:
         raise ValueError(
-            f"The edit {name!r} changes a {shape[0]} x {shape[1]} matrix in layer {layer}, but the model's is "
-            f"{weight_dm.shape[0]} x {weight_dm.shape[1]}. It belongs to another model."
+            f"The edit {edit.fact.id!r} is in the layers {edit.layers}, but those that are there, e.g. "
+            f"{others[0].fact.id!r}, are in {others[0].layers}. Edit in these layers, or keep the edit in another file."
         )
 
 

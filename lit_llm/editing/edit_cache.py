@@ -8,9 +8,10 @@ Shapes: R rows, T columns, K stored prompts of an edit, N = R * T, d hidden size
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,12 +48,14 @@ class FactText:
         return [*dict.fromkeys((*self.subjects.values(), *self.aliases))]
 
     def is_same_question(self, other: FactText) -> bool:
-        """Whether both edit one relation of one subject, told by what they call both in a common language."""
-        common = self.subjects.keys() & other.subjects.keys()
-        same_subject = any(_plain(self.subjects[language]) == _plain(other.subjects[language]) for language in common)
-        if not same_subject or (self.relation is not None and other.relation is not None):
-            return same_subject and self.relation == other.relation
-        return any(_plain(self.prompts.get(lang, "")) == _plain(other.prompts.get(lang, " ")) for lang in common)
+        """Whether both edit one relation of one subject: they share a name of it, of whatever language, and the relation; where
+        one has no relation, a prompt.
+        """
+        if not _share_one(self.names(), other.names()):
+            return False
+        if self.relation is not None and other.relation is not None:
+            return _plain(self.relation) == _plain(other.relation)
+        return _share_one(self.prompts.values(), other.prompts.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +67,9 @@ class CachedEdit:
         neurons: by layer, indices, ascending.
         values: by layer, what is added to them.
         apply: where.
-        relation_Kd: pooled hidden states of the edit's prompts at the first edited layer (see `relation_vectors`); None
-            where only the subject is looked at.
-        relation_threshold: cosine that a question needs; None likewise.
+        relation_Kd: pooled hidden states of the edit's prompts at the first edited layer (see `relation_vectors`), in half
+            precision, as in the file; None: the edit cannot be told from another one of its subject.
+        relation_threshold: cosine that a question needs; None: only the subject is looked at.
         stats: numbers to look at.
     """
 
@@ -77,6 +80,10 @@ class CachedEdit:
     relation_Kd: Tensor | None = None
     relation_threshold: float | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.relation_Kd is not None:
+            object.__setattr__(self, "relation_Kd", self.relation_Kd.half())
 
     @property
     def layers(self) -> list[int]:
@@ -104,15 +111,14 @@ class EditCache:
         body: the model.
         tokenizer: a fast one, of the model; for finding names in token ids.
         edits: all in the same layers.
-        trigger: when they act.
+        trigger: when they act; an edit without a threshold of its own acts by its subject alone.
         search: see `SubjectIndex`.
 
     Attributes:
         firings: of the last batch, one per row.
 
     Raises:
-        ValueError: edits in different layers or beyond the model, ids twice, or, under a trigger that compares relations, an
-            edit without vectors or threshold.
+        ValueError: edits in different layers or beyond the model, ids twice, or an edit with a threshold and no vectors.
     """
 
     def __init__(
@@ -228,8 +234,8 @@ class EditCache:
         if mention is None:
             return Firing(None, None, None)
         first, last = mentioned_tokens(self._tokenizer, ids, mention)
-        if self.trigger.scope == "subject" and not self._compares(mention):
-            edit = self.edits[mention.edits[-1]]  # the newest
+        if not self._compares(mention):
+            edit = self.edits[[name for name in mention.edits if self._by_subject(name)][-1]]  # the newest
             plan.put(row, edit, columns[last], columns[-1])
             return Firing(edit.fact.id, mention, None)
         special = set(self._tokenizer.all_special_ids)  # the first token of a text is much larger than all others
@@ -248,8 +254,7 @@ class EditCache:
             kept_1T = torch.zeros(1, hidden_RTd.shape[1], device=hidden_RTd.device)
             kept_1T[0, asked] = 1
             question_d = pooled(hidden_RTd[row : row + 1].detach(), kept_1T)[0]
-            scored = [(self._cosine(question_d, self.edits[name]), name) for name in mention.edits]
-            cosine, name = max(scored)
+            cosine, name = max((self._cosine(question_d, self.edits[name]), name) for name in mention.edits)
             fires = cosine >= self._needed(name)
             if fires:
                 plan.put(row, self.edits[name], lookup, last)
@@ -257,11 +262,15 @@ class EditCache:
         plan.candidates = []
 
     def _compares(self, mention: Mention) -> bool:
-        """Whether the relation has to choose between several edits of one subject, and can."""
-        return len(mention.edits) > 1 and all(self.edits[name].relation_Kd is not None for name in mention.edits)
+        """Whether the relation decides: that an edit acts at all, or which of several of one subject, where that is known."""
+        known = all(self.edits[name].relation_Kd is not None for name in mention.edits)
+        return known and (len(mention.edits) > 1 or not self._by_subject(mention.edits[0]))
+
+    def _by_subject(self, name: str) -> bool:
+        return self.trigger.scope == "subject" or self.edits[name].relation_threshold is None
 
     def _needed(self, name: str) -> float:
-        if self.trigger.scope == "subject":
+        if self._by_subject(name):
             return -1.0
         given = self.trigger.relation_threshold
         return self.edits[name].relation_threshold if given is None else given
@@ -297,21 +306,19 @@ class EditCache:
         layers = {tuple(edit.layers) for edit in edits}
         if len(layers) > 1:
             raise ValueError(
-                f"Edits of one cache act in the same layers, but these act in {sorted(layers)}. Open a cache for each."
+                f"Edits that act together are all in the same layers, but these are in {[list(of_edit) for of_edit in sorted(layers)]}. "
+                f"Undo some of them, or edit their facts again in the layers of the others."
             )
         for of_edit in layers:
             self.body.check_layers(of_edit)
         for edit in edits:
             self._check_fits(edit)
-        if self.trigger.scope == "subject_relation":
-            for edit in edits:
-                if edit.relation_Kd is None or (
-                    edit.relation_threshold is None and self.trigger.relation_threshold is None
-                ):
-                    raise ValueError(
-                        f"trigger.scope is 'subject_relation', but the edit {edit.fact.id!r} was stored without the hidden "
-                        f"states and the threshold of its prompts. Use trigger.scope: subject, or edit the fact again."
-                    )
+        for edit in edits:
+            if edit.relation_threshold is not None and edit.relation_Kd is None:
+                raise ValueError(
+                    f"The edit {edit.fact.id!r} acts where a question is as close to its prompts as {edit.relation_threshold:.3f}, "
+                    f"but was stored without their hidden states. Edit the fact again."
+                )
 
     def _check_fits(self, edit: CachedEdit) -> None:
         for layer, neurons in edit.neurons.items():
@@ -391,5 +398,10 @@ def _real_columns(mask_RT: Tensor | None, row: int, columns: int) -> list[int]:
     return mask_RT[row, -columns:].nonzero().flatten().tolist()
 
 
+def _share_one(texts: Iterable[str], others: Iterable[str]) -> bool:
+    return not {_plain(text) for text in texts}.isdisjoint(_plain(text) for text in others)
+
+
+@lru_cache(maxsize=100_000)  # an edit is compared with all earlier ones
 def _plain(text: str) -> str:
     return " ".join(dotted(fold(text).text).split())

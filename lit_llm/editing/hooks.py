@@ -149,6 +149,11 @@ class FeedForwards:
         within = [layer for layer in range(self.num_layers) if 0.13 <= layer / self.num_layers <= 0.27]
         return within or [self.num_layers // 5]
 
+    def middle_layers(self) -> list[int]:
+        """From 0.44 to 0.67 of the depth: 8 to 12 of 18, where values of neurons did best (docs/neuron_edit.md)."""
+        last = self.num_layers - 1
+        return list(range(min(round(0.44 * self.num_layers), last), min(round(0.67 * self.num_layers), last) + 1))
+
     @contextmanager
     def restoring(self, layers: Sequence[int]) -> Iterator[None]:
         """Down projections may be changed while open; afterwards they are bit for bit what they were."""

@@ -7,7 +7,7 @@ Shapes: R rows, T columns, K stored prompts of an edit, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -77,6 +77,7 @@ class SubjectIndex:
 
     def __init__(self, names: Mapping[str, Sequence[str]], search: Search | None = None) -> None:
         self._edits: dict[str, list[str]] = {}
+        self._looked_for: dict[str, list[str]] = {}
         self._names: list[tuple[str, str]] = []
         self._search = search
         for edit, own in names.items():
@@ -86,6 +87,7 @@ class SubjectIndex:
                 if text and edit not in self._edits.setdefault(text, []):
                     self._edits[text].append(edit)
                     self._names.append((edit, name))
+                    self._looked_for.setdefault(edit, []).append(name)
         self._lengths: dict[str, list[int]] = {}  # by first character, the longest first
         for text in self._edits:
             lengths = self._lengths.setdefault(text[0], [])
@@ -93,6 +95,10 @@ class SubjectIndex:
                 lengths.append(len(text))
         for lengths in self._lengths.values():
             lengths.sort(reverse=True)
+
+    def looked_for(self, edit: str) -> list[str]:
+        """The names of an edit that are not left out."""
+        return self._looked_for.get(edit, [])
 
     def find(self, text: str) -> Mention | None:
         """The longest name in the text; of equally long ones the last."""
@@ -117,6 +123,50 @@ class SubjectIndex:
             if (span := self._search(text, name)) is not None:
                 return Mention((edit,), *span)
         return None
+
+
+class Unheard(NamedTuple):
+    """A prompt of an edit on which the edit does not act.
+
+    Attributes:
+        edit: its id.
+        language: of the prompt.
+        prompt: as it was given.
+        reason: what the trigger finds there instead, in words.
+    """
+
+    edit: str
+    language: str
+    prompt: str
+    reason: str
+
+
+def unheard(
+    tokenizer, names: Mapping[str, Sequence[str]], prompts: Mapping[str, Mapping[str, str]]
+) -> Iterator[Unheard]:
+    """The prompts on which their own edits would never act, whatever values they have.
+
+    Locating a subject allows more than the trigger does: misspelled names, and short ones.
+
+    Args:
+        tokenizer: of the model; the trigger reads what it makes of a prompt.
+        names: of the subjects of all edits that act together, see `SubjectIndex`.
+        prompts: by edit and language.
+    """
+    index = SubjectIndex(names)
+    for edit, by_language in prompts.items():
+        for language, prompt in by_language.items():
+            mention = index.find(decoded(tokenizer, tokenizer(prompt)["input_ids"]))
+            if mention is None:
+                looked_for = ", ".join(repr(name) for name in index.looked_for(edit))
+                yield Unheard(
+                    edit, language, prompt, f"its trigger looks for {looked_for} and finds none of them there"
+                )
+            elif edit not in mention.edits:
+                others = ", ".join(repr(name) for name in mention.edits)
+                yield Unheard(
+                    edit, language, prompt, f"the longest name there is that of the edit {others}, which acts"
+                )
 
 
 def decoded(tokenizer, ids: Sequence[int]) -> str:

@@ -34,17 +34,7 @@ class EditedFact:
     @property
     def text(self) -> FactText:
         """What it says, for the trigger and the file; its names in all languages, also where it is edited in one."""
-        by_language = self.edit.by_language
-        subjects = {code: by_language[code].subject or self.edit.aliases(code)[0] for code in self.languages}
-        names = [name for code in self.languages for name in self.edit.aliases(code)]
-        return FactText(
-            id=self.edit.id,
-            subjects=subjects,
-            prompts={code: by_language[code].prompt for code in self.languages},
-            targets={code: by_language[code].target_new for code in self.languages},
-            relation=self.edit.relation,
-            aliases=tuple(dict.fromkeys(name for name in names if name not in subjects.values())),
-        )
+        return text_of(self.edit)
 
     def within(self, languages: Sequence[str]) -> EditedFact:
         """The fact in these of its languages alone."""
@@ -60,6 +50,20 @@ class EditedFact:
             language_of_row=tuple(number for number, rows in enumerate(used.values()) for _ in rows),
             essence=tuple(self.essence[code] for code in used),
         )
+
+
+def text_of(edit: Edit) -> FactText:
+    """What an edit says."""
+    subjects = {code: edit.by_language[code].subject or edit.aliases(code)[0] for code in edit.languages}
+    names = [name for code in edit.languages for name in edit.aliases(code)]
+    return FactText(
+        id=edit.id,
+        subjects=subjects,
+        prompts={code: edit.by_language[code].prompt for code in edit.languages},
+        targets={code: edit.by_language[code].target_new for code in edit.languages},
+        relation=edit.relation,
+        aliases=tuple(dict.fromkeys(name for name in names if name not in subjects.values())),
+    )
 
 
 def edited_facts(batch: EditBatch) -> list[EditedFact]:

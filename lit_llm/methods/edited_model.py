@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lit_llm.editing.deltas import Edit, EditStack, base_digest
+from lit_llm.editing.deltas import Edit, base_digest
 from lit_llm.editing.edit_cache import CachedEdit, EditCache, Firing
+from lit_llm.editing.edit_stack import EditStack
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.triggers import Trigger
 from lit_llm.models.language_model import LanguageModel
@@ -45,6 +46,9 @@ class EditedModel:
             edits: cached ones act where their trigger says, the others everywhere.
             prompt_lengths: see `EditCache.active`.
 
+        Raises:
+            ValueError: cached edits in different layers, or edits of another model.
+
         Yields:
             The caches that were opened; their `firings` say what the trigger did with the rows of the last pass.
         """
@@ -54,7 +58,9 @@ class EditedModel:
             if of_weights:
                 opened.callback(self._stack.undo)
                 self._stack.apply(of_weights)
-            caches = self._caches([edit for edit in edits if isinstance(edit, CachedEdit)])
+            cached = [edit for edit in edits if isinstance(edit, CachedEdit)]
+            # one for all, so that at most one edit acts on a text
+            caches = [EditCache(self.body, self.model.tokenizer, cached, self.trigger)] if cached else []
             for cache in caches:
                 opened.enter_context(cache.active(prompt_lengths=prompt_lengths))
             yield caches
@@ -69,26 +75,10 @@ class EditedModel:
             raise ValueError(
                 f"{len(cached)} edits are cached values, e.g. {cached[0].fact.id!r}: they are added to neurons where a text is "
                 f"about their subject, which a Hugging Face folder of weights cannot say. Keep the file {EDITS_FILE} beside the "
-                f"base model; `ask` reads both."
+                f"base model, where `ask` reads both, or let `bake` approximate them by a change of the weights."
             )
         with self.under(edits):
             self.model.save(folder)
-
-    def _caches(self, edits: Sequence[CachedEdit]) -> list[EditCache]:
-        """One for all edits in the same layers and with the same kind of trigger."""
-        groups: dict[tuple, list[CachedEdit]] = {}
-        for edit in edits:
-            groups.setdefault((*edit.layers, edit.relation_threshold is None), []).append(edit)
-        by_subject = Trigger(scope="subject")
-        return [
-            EditCache(
-                self.body,
-                self.model.tokenizer,
-                group,
-                by_subject if group[0].relation_threshold is None else self.trigger,
-            )
-            for group in groups.values()
-        ]
 
 
 def fired(caches: Sequence[EditCache], rows: int) -> list[Firing]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, Optional
 
@@ -10,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_llm.data.edit_batch import Kind
+from lit_llm.data.edit_requests import Edit as Request
 from lit_llm.editing.deltas import Edit, EditSet
 from lit_llm.editing.locate import Locating, overlap
 from lit_llm.editing.optimise import Optimising
-from lit_llm.editing.triggers import Trigger
+from lit_llm.editing.triggers import Trigger, unheard
 from lit_llm.methods.answers import Generation
-from lit_llm.methods.edited_facts import EditedFact
+from lit_llm.methods.edited_facts import EditedFact, text_of
 from lit_llm.methods.editing import ALL, Editing
 from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
 from lit_llm.models.language_model import ModelSpec
@@ -32,7 +34,7 @@ class NeuronEdit(Editing):
 
     Args:
         student: the model.
-        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        layers: that are edited, ascending; None: the middle, from 0.44 to 0.67 of the depth.
         locating: which neurons hold a fact.
         optimising: what is added to them.
         trigger: when an edit acts.
@@ -69,11 +71,29 @@ class NeuronEdit(Editing):
         self.editor: NeuronEditor | None = None
         self._selected: dict[int, list[Tensor]] = {}
         self._selected_in: tuple[str, ...] = ()
+        self._unheard: Counter[str] = Counter()
 
     def configure_model(self) -> None:
         super().configure_model()
         if self.editor is None:
             self.editor = NeuronEditor(self.model.body, self.student.head, self.student.tokenizer, self.settings)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        edits = [fact.edit for fact in self.trainer.datamodule.sets["train"].facts]
+        texts = [text_of(edit.in_languages(self._edited_in(edit))) for edit in edits if self._edited_in(edit)]
+        names = {text.id: text.names() for text in texts}
+        found = list(unheard(self.student.tokenizer, names, {text.id: text.prompts for text in texts}))
+        self._unheard = Counter(prompt.edit for prompt in found)
+        if found:
+            asked, (first, *_) = sum(len(text.prompts) for text in texts), found
+            rank_zero_warn(
+                f"On {len(found)} of {asked} prompts their own edits will not act, e.g. {first.edit} in {first.language}, "
+                f"{first.prompt!r}: {first.reason}. Correct the subjects, or leave these facts out."
+            )
+
+    def _edited_in(self, edit: Request) -> tuple[str, ...]:
+        return tuple(code for code in edit.languages if self.edited_in is None or code in self.edited_in)
 
     def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
         made = self.editor.edit(facts)
@@ -88,6 +108,8 @@ class NeuronEdit(Editing):
         failed = [edit.fact.id for edit in made if edit.stats["stop"] == "not_finite"]
         if failed:
             rank_zero_warn(f"The loss of {', '.join(failed)} is not finite; these facts stay as they were.")
+        silent = sum(self._unheard[edit.fact.id] for edit in made)
+        self.log("train/prompts_unheard", torch.tensor(float(silent)), batch_size=1)
         for name in ("filled", "dropped"):
             self.log(f"train/neurons_{name}", torch.tensor(float(sum(edit.stats[name] for edit in made))), batch_size=1)
         counts = [len(neurons) for edit in made for neurons in edit.neurons.values()]

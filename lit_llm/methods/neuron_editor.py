@@ -5,12 +5,14 @@ Shapes: N prompts, L languages of a fact, F facts, m neurons of a layer, K store
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lit_llm.editing.attribution import integrated_gradients
 from lit_llm.editing.edit_cache import CachedEdit, relation_vectors
@@ -29,7 +31,7 @@ class NeuronSettings:
     """How facts are edited.
 
     Args:
-        layers: that are edited, ascending; None: those of published editors for models of this depth.
+        layers: that are edited, ascending; None: the middle, from 0.44 to 0.67 of the depth.
         locating: which neurons hold a fact.
         optimising: what is added to them.
         trigger: when an edit acts.
@@ -77,7 +79,7 @@ class NeuronEditor:
 
     def __init__(self, body: FeedForwards, head: Head, tokenizer, settings: NeuronSettings) -> None:
         self.body, self.head, self.tokenizer, self.settings = body, head, tokenizer, settings
-        self.layers = body.default_layers() if settings.layers is None else list(settings.layers)
+        self.layers = body.middle_layers() if settings.layers is None else list(settings.layers)
         body.check_layers(self.layers)
 
     def edit(self, facts: Sequence[EditedFact]) -> Edited:
@@ -139,8 +141,7 @@ class NeuronEditor:
 
     def _random(self, fact: EditedFact, located: dict[int, Located]) -> dict[int, Located]:
         """The same for a fact whatever else is in its batch."""
-        name = int.from_bytes(fact.edit.id.encode(), "little") % 2**31
-        drawn = random_neurons(list(located.values()), self.body.width, self.settings.seed + name)
+        drawn = random_neurons(list(located.values()), self.body.width, _seed_of(self.settings.seed, fact.edit.id))
         return dict(zip(located, drawn, strict=True))
 
     def _cached(self, fact: EditedFact, located: dict[int, Located], result: Optimised) -> CachedEdit:
@@ -148,6 +149,8 @@ class NeuronEditor:
         if trigger.scope == "subject_relation":
             given = trigger.relation_threshold
             threshold = relation_threshold(vectors_Kd) if given is None else given
+        else:  # only tells several edits of one subject apart, for which a file need not keep every paraphrase
+            vectors_Kd = _mean_by_language(vectors_Kd, [len(rows) for rows in fact.rows.values()])
         stats: dict[str, Any] = {
             "stop": result.stop,
             "steps": result.steps,
@@ -180,3 +183,13 @@ class NeuronEditor:
             starts.append(first)
         special = self.tokenizer.all_special_ids
         return relation_vectors(self.body, rows, starts, self.layers[0], special).cpu()
+
+
+def _mean_by_language(vectors_Kd: Tensor, rows: Sequence[int]) -> Tensor:
+    """(L, d), of norm 1; `rows` counts those of each language."""
+    return normalize(torch.stack([of_language_Kd.mean(0) for of_language_Kd in vectors_Kd.split(list(rows))]), dim=-1)
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Of a fact: a hash of all of its id, whose beginning is the relation's and the same in many facts."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "little")

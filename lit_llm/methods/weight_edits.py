@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_llm.data.corpora import load_corpus
 from lit_llm.data.edit_batch import Kind
 from lit_llm.data.encoded_facts import FactEncoding, encode_edits
 from lit_llm.data.tokenized import begin_ids
@@ -29,26 +28,11 @@ from lit_llm.editing.values import Request, ValueSettings
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.edited_facts import EditedFact
 from lit_llm.methods.editing import Editing
+from lit_llm.methods.ordinary_text import OrdinaryText, passages
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.seeds import run_seed
 
 _STARTS = ("The", "Therefore", "Because", "I", "You")
-_PACKAGED = "package-text:software"
-
-
-@dataclass(frozen=True)
-class OrdinaryText:
-    """Text whose neurons closed-form edits leave alone as far as they can; it should hold the languages that are edited.
-
-    Args:
-        sources: language -> source, as `Languages.groups` has them. None: packaged text in English, Spanish and French.
-        tokens: of all languages together, in equal shares; more than a layer has neurons.
-        passage: tokens of a passage at most.
-    """
-
-    sources: Optional[dict[str, str]] = None
-    tokens: int = 20_000
-    passage: int = 256
 
 
 class _WeightEditing(Editing):
@@ -146,7 +130,7 @@ class _WeightEditing(Editing):
         if self._moments is None:
             self._moments = kept_second_moments(
                 self.model.body,
-                self._passages(),
+                passages(self.text, self.student.tokenizer),
                 self.layers,
                 max_tokens=self.text.tokens,
                 model_digest=self.model.digest,
@@ -159,21 +143,6 @@ class _WeightEditing(Editing):
         if not self._inverses:
             self._inverses = {layer: inverse(moments) for layer, moments in self.moments().moments.items()}
         return self._inverses
-
-    def _passages(self) -> list[list[int]]:
-        sources = self.text.sources or dict.fromkeys(("en", "es", "fr"), _PACKAGED)
-        share, found = self.text.tokens // len(sources), []
-        for language, source in sources.items():
-            corpus = load_corpus(
-                [source], language, self.student.tokenizer, columns={}, begin="auto", order_seed=0, workers=0
-            )
-            left = share
-            for number in range(len(corpus.documents)):
-                if left <= 0:
-                    break
-                found.append(corpus.ids(number)[: min(self.text.passage, left)])
-                left -= len(found[-1])
-        return found
 
     def more_to_report(self) -> dict[str, Any]:
         """How the second moments have converged."""

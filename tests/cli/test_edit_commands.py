@@ -18,6 +18,7 @@ FACT = {
     "prompt": {"en": "Oslo is in", "de": "Oslo liegt in"},
     "target": {"en": "the", "de": "the"},
 }
+ROME = {"subject": {"en": "Rome", "de": "Rome"}, "prompt": {"en": "Rome is in", "de": "Rome liegt in"}}
 QUICK = ["--layers", "[1,2]", "--optimising.steps", "30", "--target_end", "", "--optimising.learning_rate", "0.5"]
 QUICK += ["--optimising.clamp", "50", "--optimising.kl_weight", "0"]
 
@@ -80,8 +81,7 @@ def test_after_undo_logits_are_those_of_before_bit_for_bit(model, edits, capsys)
 
 
 def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(model, edits, capsys):
-    rome = {"subject": {"en": "Rome", "de": "Rome"}, "prompt": {"en": "Rome is in", "de": "Rome liegt in"}}
-    call("edit", model, edits, *fact(**rome), *QUICK, "--id", "second")
+    call("edit", model, edits, *fact(**ROME), *QUICK, "--id", "second")
     capsys.readouterr()
     call("undo", model, edits)
     assert "oslo-land" in (listed := capsys.readouterr().out) and "Rome liegt in -> the" in listed
@@ -94,13 +94,38 @@ def test_undo_takes_back_one_and_leaves_the_other_or_takes_all_or_lists_them(mod
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"prompt": {"en": "Rome is in"}}, (), "with a subject that no prompt names"),
+        ({"prompt": {"en": "Rome is in"}}, (), "(en).\n  Give --subject in that language as the prompt spells it."),
+        (
+            {"subject": {"en": "Osslo", "de": "Osslo"}},
+            (),
+            "'Oslo is in': the longest name there is that of the edit 'oslo",
+        ),
+        (
+            {**ROME, "subject": {"en": "Romme", "de": "Romme"}},
+            (),
+            "would not act on its own prompt in en, 'Rome is in'",
+        ),
+        (
+            {"subject": {"en": "Rome", "de": "USA"}, "prompt": {"en": "Rome is in", "de": "Die USA"}},
+            (),
+            "in de, 'Die USA': its trigger looks for 'Rome' and finds none",
+        ),
         ({"target": {"de": ""}}, (), "no target in de"),
         ({"target": {"de": None}}, (), "no target in de"),
         ({"prompt": {"fr": "Oslo est en"}}, (), "no target in fr"),
         ({"subject": {"cz": "Oslo"}}, (), "'cz' is not a language code"),
-        ({"target": {"en": "the dog or so"}}, ("--max_target_tokens", "1"), "a target of more than 1 tokens"),
+        (
+            {"target": {"en": "the dog or so"}},
+            ("--max_target_tokens", "1"),
+            "Shorten the target, or raise --max_target",
+        ),
         ({}, ("--relation", "land"), "is edited already"),
+        ({}, ("--relation", "land", "--id", "another"), "is edited already"),
+        (
+            ROME,
+            ("--layers", "[2]"),
+            "'rome' is in the layers [2], but those that are there, e.g. 'oslo-land', are in [1, 2]",
+        ),
         ({}, ("--layers", "[1,9]", "--relation", "other", "--id", "other"), "must ascend within 0 to 3"),
         ({}, ("--locating.statistic", "mean"), None),
     ],
@@ -132,6 +157,24 @@ def test_edits_of_another_model_are_refused(edits, tmp_path, capsys):
         assert "Load the model that was edited" in capsys.readouterr().err
 
 
+def test_edits_of_the_same_model_in_another_precision_say_which(model, edits, capsys):
+    for command, options in {"ask": ["--prompt", '["Oslo is in"]'], "edit": fact(**ROME)}.items():
+        with pytest.raises(SystemExit):
+            call(command, model, edits, *options, "--dtype", "bfloat16")
+        error = capsys.readouterr().err
+        assert (
+            "were made in float32, but this model is loaded in bfloat16" in error and "Give --dtype float32." in error
+        )
+
+
+def test_the_commands_own_options_are_what_messages_name(model, tmp_path, capsys):
+    long = {"target": {"en": "the dog or so"}}
+    for changes, options in ((long, ["--max_target_tokens", "1"]), ({"prompt": {"en": "Rome is in"}}, [])):
+        with pytest.raises(SystemExit):
+            call("edit", model, tmp_path / "edits.safetensors", *fact(**changes), *options)
+        assert "data." not in capsys.readouterr().err
+
+
 def test_an_edit_is_replaced_where_that_is_asked_for(model, edits, capsys):
     call("edit", model, edits, *fact(target={"en": "and"}), "--relation", "land", "--replace", "true", *QUICK)
     said = capsys.readouterr().out
@@ -156,4 +199,4 @@ def test_help_names_the_commands_without_loading_anything_heavy():
     code += "assert not {'torch', 'transformers', 'lightning'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo"))
+    assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo", "bake"))

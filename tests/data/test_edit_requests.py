@@ -11,9 +11,9 @@ from lit_llm.data.edit_requests import (
     LanguageEdit,
     Question,
     Questions,
-    check_language,
     separator,
 )
+from lit_llm.data.language_codes import check_language
 
 
 def edit(**by_language):
@@ -81,14 +81,27 @@ def test_aliases_are_the_other_languages_subjects_english_first_each_once():
     assert chosen.languages == ("it", "de") and chosen.aliases("de") == ("Roma", "Rome")
 
 
-@pytest.mark.parametrize("code", ["en", "zh", "zh-Hant", "pt-BR", "ceb", "yue"])
+@pytest.mark.parametrize("code", ["en", "zh", "zh-Hant", "pt-BR", "ceb", "yue", "fil", "arz", "ckb", "hsb"])
 def test_codes_of_iso_639_are_languages(code):
     check_language(code)
 
 
 @pytest.mark.parametrize(
     ("code", "hint"),
-    [("xx", ""), ("EN", ""), ("english", ""), ("", ""), ("cz", "cs"), ("jp", "ja"), ("zho", "zh"), ("e1", "")],
+    [
+        ("xx", ""),
+        ("EN", ""),
+        ("english", ""),
+        ("", ""),
+        ("cz", "cs"),
+        ("jp", "ja"),
+        ("zho", "zh"),
+        ("e1", ""),
+        ("eng", "en"),
+        ("deu", "de"),
+        ("ger", "de"),
+        ("qqq", ""),
+    ],
 )
 def test_other_codes_are_refused_and_common_mistakes_are_recognised(code, hint):
     with pytest.raises(ValueError, match=f"{code!r} is not a language code") as refused:

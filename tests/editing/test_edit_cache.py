@@ -174,6 +174,23 @@ def test_of_several_edits_of_one_subject_the_nearest_relation_acts(tokenizer, tr
             assert cache.firings[0].edit == relation
 
 
+def test_of_edits_of_one_subject_at_most_one_acts_whatever_their_triggers_are(tokenizer):
+    body = body_of()
+    row = Row(tokenizer.encode(QUESTION), subject_last(tokenizer, QUESTION))
+    vectors = relation_vectors(body, [row], [row.lookup], LAYERS[0])
+    by_subject = edit("colour", seed=1, relation_Kd=-vectors)
+    far, near = (edit(seed=0, relation_Kd=vectors, relation_threshold=needed) for needed in (1.5, 0.5))
+    for other, acting in ((near, "france"), (far, None)):
+        cache = EditCache(body, tokenizer, [by_subject, other])
+        with torch.no_grad(), cache.active():
+            run(body, padded(ids(tokenizer, QUESTION)))
+        assert cache.firings[0].edit == acting
+    cache = EditCache(body, tokenizer, [edit("older"), edit("newer", seed=2)])
+    with torch.no_grad(), cache.active():
+        run(body, padded(ids(tokenizer, QUESTION)))
+    assert cache.firings[0].edit == "newer", "without vectors the newest acts"
+
+
 def test_special_tokens_do_not_count_for_the_relation(tokenizer):
     model = models.transformer("llama", vocab_size=tiny.VOCABULARY_SIZE, eos_token_id=None)
     special = tokenizer.all_special_ids
@@ -268,9 +285,9 @@ def test_edits_that_do_not_fit_are_refused(tokenizer):
         EditCache(body, tokenizer, [edit(width=90, seed=3)], BY_NAME)
     with pytest.raises(ValueError, match="different ids"):
         EditCache(body, tokenizer, [edit(), edit()], BY_NAME)
-    with pytest.raises(ValueError, match="stored without the hidden states"):
-        EditCache(body, tokenizer, [edit()])
+    with pytest.raises(ValueError, match="as 0.500, but was stored without their hidden states"):
+        EditCache(body, tokenizer, [edit(relation_threshold=0.5)])
     elsewhere = edit("spain")
     elsewhere = CachedEdit(elsewhere.fact, {1: elsewhere.neurons[1]}, {1: elsewhere.values[1]})
-    with pytest.raises(ValueError, match="same layers"):
+    with pytest.raises(ValueError, match=r"same layers, but these are in \[\[1\], \[1, 2\]\]"):
         EditCache(body, tokenizer, [edit(), elsewhere], BY_NAME)

@@ -154,6 +154,13 @@ def test_default_layers_are_the_published_ones_or_the_same_share_of_the_depth():
         assert body.default_layers() == wanted, (family, depth)
 
 
+def test_values_of_neurons_go_to_the_middle_layers_where_none_are_named():
+    body, _ = models.body_and_head()
+    for depth, wanted in ((18, range(8, 13)), (32, range(14, 22)), (4, (2, 3)), (2, (1,)), (1, (0,))):
+        body.blocks = [None] * depth
+        assert body.middle_layers() == list(wanted)
+
+
 def test_weights_come_back_bit_for_bit_after_they_were_changed_for_a_while():
     for family in ("gpt2", "llama"):
         body, _ = models.body_and_head(family)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_llm.editing.triggers import SubjectIndex, Trigger, pooled, relation_threshold
+from lit_llm.editing.triggers import SubjectIndex, Trigger, pooled, relation_threshold, unheard
+from tests import tiny
 
 
 def index(**names: list[str]) -> SubjectIndex:
@@ -97,3 +98,17 @@ def test_settings_that_make_no_sense_are_refused():
         Trigger(scope="router")
     with pytest.raises(ValueError, match="compares no relation"):
         Trigger(scope="subject", relation_threshold=0.5)
+
+
+def test_prompts_on_which_their_own_edits_never_act_are_found_with_the_reason():
+    names = {"us": ["United States", "USA"], "york": ["York"], "new": ["New York City"], "oslo": ["Oslo"]}
+    prompts = {
+        "us": {"en": "The United States lie in", "de": "Die USA liegen in"},
+        "york": {"en": "A river near New York City is"},
+        "oslo": {"en": "Osslo is in"},
+        "new": {"en": "new york city is in"},
+    }
+    short, longer, misspelled = unheard(tiny.byte_level_tokenizer(), names, prompts)
+    assert (short.edit, short.language) == ("us", "de") and "looks for 'United States' and finds none" in short.reason
+    assert longer.edit == "york" and "that of the edit 'new'" in longer.reason
+    assert misspelled.prompt == "Osslo is in"

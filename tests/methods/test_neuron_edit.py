@@ -174,3 +174,15 @@ def test_a_fact_that_is_edited_already_is_refused_or_replaced(tmp_path):
         fit(config)
     replaced = edits_of(fit(config, "--model.replace=true"))
     assert len(replaced) == 1 and len(replaced.history) == 1
+
+
+def test_a_run_warns_once_of_prompts_on_which_edits_will_not_act_and_logs_them(tmp_path):
+    config = edit_config(tmp_path, data={"limit": 4})
+    text = (tmp_path / "facts.jsonl").read_text()
+    (tmp_path / "facts.jsonl").write_text(text.replace('"subject": "Oslo"', '"subject": "Osslo"'))
+    with pytest.warns(UserWarning, match="On 2 of 8 prompts .* town-0 in en, 'Oslo is in': its trigger") as caught:
+        cli = fit(config)
+    assert sum("will not act" in str(warning.message) for warning in caught) == 1
+    header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
+    place = header.split(",").index("train/prompts_unheard")
+    assert sum(float(row.split(",")[place] or 0) for row in rows) == 2
