@@ -79,14 +79,15 @@ def _matrices(line: dict[str, Any]) -> list[str]:
     )
     return [
         heat_map(
-            f"{kind.capitalize()} by language, percent",
+            f"{kind.capitalize()} by language, {_PROTOCOLS[protocol]}, percent",
             matrix["rows"],
             line["languages"],
             _numbers(matrix["values"]),
             ends=(0.0, 100.0),
             note=note,
         )
-        for kind, matrix in line["matrices"].items()
+        for kind, by_protocol in line["matrices"].items()
+        for protocol, matrix in by_protocol.items()
     ]
 
 

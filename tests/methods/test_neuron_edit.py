@@ -60,13 +60,21 @@ def test_a_run_leaves_its_edits_its_matrix_and_its_answers_but_no_model(run):
     assert not (folder / "model").exists()
     *_, line = [json.loads(text) for text in (folder / "edits.jsonl").read_text().splitlines()]
     assert line["facts"] == 8 and line["seconds_per_fact"] > 0
-    matrix = line["matrices"]["reliability"]
-    assert matrix["rows"] == ["en", "de", "all"] and all(None not in row for row in matrix["values"])
+    assert set(line["matrices"]["reliability"]) == {"generated", "exact"}
+    for protocol, matrix in line["matrices"]["reliability"].items():
+        assert matrix["rows"] == ["en", "de", "all"] and all(None not in row for row in matrix["values"])
+        scores = [line["scores"]["reliability"][language][protocol] for language in ("en", "de")]
+        assert matrix["values"][-1] == pytest.approx(scores)
     assert set(line["scores"]) == {"reliability", "generality", "locality", "portability"}
     assert {answer["kind"] for answer in line["answers"]} == set(line["scores"])
     assert set(line["overlap"]["layers"]) == {"1", "2"}
     page = (folder / "report.html").read_text()
-    for words in ("Reliability by language", "Neurons that two languages select, layer 1", "answers before and after"):
+    for words in (
+        "Reliability by language, written freely",
+        "Reliability by language, teacher-forced",
+        "Neurons that two languages select, layer 1",
+        "answers before and after",
+    ):
         assert words in page
     assert "seconds per fact" in page
 
