@@ -21,7 +21,7 @@ from lit_llm.evaluation.samples import Sample
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method
 from lit_llm.methods.edit_scores import EditScores
-from lit_llm.methods.edited_answers import Asking, Said
+from lit_llm.methods.edited_answers import Asking, Name, Said
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
@@ -83,7 +83,7 @@ class Editing(Method):
         self.alone: dict[str, EditSet] = {}
         self.edit_report: dict[str, Any] | None = None
         self._scores: EditScores | None = None
-        self._untouched: dict[tuple[str, str], Said] = {}
+        self._untouched: dict[Name, Said] = {}
         self._asked_already: set[str] = set()
         self._seconds: list[float] = []
 
