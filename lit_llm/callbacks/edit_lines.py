@@ -18,8 +18,9 @@ class EditLines(EvaluationLines):
     {language or "all": {protocol: percent}}}, "matrices": {kind: {protocol: {"rows": [language or "all"], "values":
     [[percent]]}}}, "trigger": {event: percent}, "answers": [{"fact", "kind", "language", "prompt", "wanted", "before", "after", "right"}]}
     and, where they are known, "seconds_per_fact" and "overlap": {"languages", "layers": {layer: {"jaccard", "shared",
-    "same_fact", "different_facts", "chance"}}}, with null for what was not asked. A resumed run drops the lines of later
-    steps first.
+    "same_fact", "different_facts", "chance"}}} and "covariance": {"tokens", "split_error": {layer: relative error}, "curve":
+    {layer: [[tokens, relative change since half as many]]}}, with null for what was not asked. A resumed run drops the lines
+    of later steps first.
 
     Reads of the method: `edit_report` (such a line without step and stage; None: nothing to write), and `run_folder`.
     """

@@ -60,6 +60,8 @@ def test_new_answers_become_likelier_and_the_matrix_is_filled(tmp_path, method):
     lines = [json.loads(line) for line in (cli.model.run_folder / "edits.jsonl").read_text().splitlines()]
     values = lines[-1]["matrices"]["reliability"]["exact"]["values"]
     assert len(values) == 3 and all(value is not None for row in values for value in row)
+    page = (cli.model.run_folder / "report.html").read_text()
+    assert ("second moments of neurons over 1,000 tokens" in page) == (method in ("MEMIT", "AlphaEdit"))
     header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
     losses = [float(x) for row in rows if (x := row.split(",")[header.split(",").index("val/loss")])]
     assert losses[-1] < losses[0]
