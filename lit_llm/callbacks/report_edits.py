@@ -48,6 +48,8 @@ def _facts(line: dict[str, Any]) -> str:
     facts = []
     if line.get("seconds_per_fact") is not None:
         facts.append(("seconds per fact", f"{line['seconds_per_fact']:.2f}"))
+    if known := line.get("already_known"):
+        facts.append(("facts not edited, since the model says so already", str(len(known))))
     facts += [(_EVENTS[name], f"{value:.1f}%") for name, value in line["trigger"].items()]
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     return f"<dl class=facts>{items}</dl>" if facts else ""

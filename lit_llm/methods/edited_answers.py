@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from lit_llm.data.batch import TokenBatch
-from lit_llm.data.edit_batch import KINDS, QuestionBatch
+from lit_llm.data.edit_batch import KINDS, EditBatch, QuestionBatch
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import Firing
 from lit_llm.editing.triggers import SubjectIndex, decoded
@@ -175,6 +175,28 @@ class Asking:
             )
         texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return {row: first_sentence(text) for row, text in zip(rows, texts, strict=True)}
+
+
+@torch.no_grad()
+def known_already(
+    model: EditedModel, edits: EditSet, batch: EditBatch, languages: Sequence[str] | None = None
+) -> set[int]:
+    """Facts of a batch whose new answer the model gives greedily under some edits, in all of their languages.
+
+    Args:
+        languages: that count; None: all of each fact.
+
+    Returns:
+        Their numbers in the batch.
+    """
+    bare = (batch.paraphrase_R == 0).nonzero()[:, 0].tolist()
+    rows = [row for row in bare if languages is None or batch.languages[batch.language_R[row]] in languages]
+    tokens, facts = _chosen(batch.rows, rows), batch.fact_R[rows].tolist()
+    with model.under(edits, batch.prompt_length_R[rows].tolist()):
+        hidden_TD = model.model.hidden(tokens)
+    best_T, _ = best_tokens(hidden_TD, model.model.head, tokens.target_T)
+    wrong = set(tokens.sequence_T[best_T != tokens.target_T].tolist())
+    return set(facts) - {facts[at] for at in wrong}
 
 
 def about_a_subject(model: EditedModel, edits: EditSet, names: Sequence[Name]) -> set[Name]:
