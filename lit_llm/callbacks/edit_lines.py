@@ -14,12 +14,14 @@ from lit_llm.callbacks.samples import cell
 class EditLines(EvaluationLines):
     """After a validation or test, appends scores, matrices and answers of edited facts to edits.jsonl.
 
-    A line is {"step", "stage" ("val" or "test"), "method", "facts" (edited so far), "languages": [code], "scores": {kind:
-    {language or "all": {protocol: percent}}}, "matrices": {kind: {"rows": [language or "all"], "values": [[percent]]}},
-    "trigger": {event: percent}, "answers": [{"fact", "kind", "language", "prompt", "wanted", "before", "after", "right"}]}
+    A line is {"step", "stage" ("val" or "test"), "method", "facts" (edited so far), "already_known": [ids of facts
+    that were skipped], "languages": [code], "scores": {kind:
+    {language or "all": {protocol: percent}}}, "matrices": {kind: {protocol: {"rows": [language or "all"], "values":
+    [[percent]]}}}, "trigger": {event: percent}, "answers": [{"fact", "kind", "language", "prompt", "wanted", "before", "after", "right"}]}
     and, where they are known, "seconds_per_fact" and "overlap": {"languages", "layers": {layer: {"jaccard", "shared",
-    "same_fact", "different_facts", "chance"}}}, with null for what was not asked. A resumed run drops the lines of later
-    steps first.
+    "same_fact", "different_facts", "chance"}}} and "covariance": {"tokens", "split_error": {layer: relative error}, "curve":
+    {layer: [[tokens, relative change since half as many]]}}, with null for what was not asked. A resumed run drops the lines
+    of later steps first.
 
     Reads of the method: `edit_report` (such a line without step and stage; None: nothing to write), and `run_folder`.
     """
@@ -32,9 +34,11 @@ class EditLines(EvaluationLines):
 
     def show(self, experiment, pl_module: L.LightningModule, stage: str, step: int) -> None:
         report = pl_module.edit_report
-        for kind, matrix in report["matrices"].items():
-            shares = [[value / 100 for value in row] for row in matrix["values"]]
-            experiment.add_image(f"edit_matrix/{stage}/{kind}", picture(shares), step, dataformats="HWC")
+        for kind, by_protocol in report["matrices"].items():
+            for protocol, matrix in by_protocol.items():
+                shares = [[value / 100 for value in row] for row in matrix["values"]]
+                name = f"edit_matrix/{stage}/{kind}_{protocol}"
+                experiment.add_image(name, picture(shares), step, dataformats="HWC")
         for layer, found in report.get("overlap", {}).get("layers", {}).items():
             experiment.add_image(
                 f"neuron_overlap/{stage}/layer_{layer}", picture(found["jaccard"]), step, dataformats="HWC"

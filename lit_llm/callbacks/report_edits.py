@@ -39,6 +39,7 @@ def edit_section(run: RunData) -> str:
         + _facts(line)
         + _scores(line, start)
         + (f"<div class=figures>{''.join(figures)}</div>" if figures else "")
+        + _covariance(line)
         + _answers(line)
     )
 
@@ -47,6 +48,8 @@ def _facts(line: dict[str, Any]) -> str:
     facts = []
     if line.get("seconds_per_fact") is not None:
         facts.append(("seconds per fact", f"{line['seconds_per_fact']:.2f}"))
+    if known := line.get("already_known"):
+        facts.append(("facts not edited, since the model says so already", str(len(known))))
     facts += [(_EVENTS[name], f"{value:.1f}%") for name, value in line["trigger"].items()]
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     return f"<dl class=facts>{items}</dl>" if facts else ""
@@ -79,14 +82,15 @@ def _matrices(line: dict[str, Any]) -> list[str]:
     )
     return [
         heat_map(
-            f"{kind.capitalize()} by language, percent",
+            f"{kind.capitalize()} by language, {_PROTOCOLS[protocol]}, percent",
             matrix["rows"],
             line["languages"],
             _numbers(matrix["values"]),
             ends=(0.0, 100.0),
             note=note,
         )
-        for kind, matrix in line["matrices"].items()
+        for kind, by_protocol in line["matrices"].items()
+        for protocol, matrix in by_protocol.items()
     ]
 
 
@@ -103,6 +107,26 @@ def _overlap(line: dict[str, Any]) -> list[str]:
         languages = found["languages"]
         figures.append(heat_map(title, languages, languages, _numbers(of_layer["jaccard"]), ends=(0.0, 1.0), note=note))
     return figures
+
+
+def _covariance(line: dict[str, Any]) -> str:
+    """How far the second moments of closed-form editors have converged, a row for each layer."""
+    found = line.get("covariance")
+    if found is None:
+        return ""
+    doublings = sorted({tokens for points in found["curve"].values() for tokens, _ in points})
+    head = "".join(f"<th>at {tokens:,}</th>" for tokens in doublings)
+    rows = []
+    for layer, error in found["split_error"].items():
+        changes = dict(found["curve"].get(layer, []))
+        cells = "".join(f"<td>{_share(changes.get(tokens))}</td>" for tokens in doublings)
+        rows.append(f"<tr><th>layer {layer}</th><td>{_share(error)}</td>{cells}</tr>")
+    return (
+        f"<details><summary>second moments of neurons over {found['tokens']:,} tokens</summary><div class=scroll>"
+        f"<table class=plain><thead><tr><th></th><th>estimated error</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        "</table></div><p class=note>Estimated relative error: half the distance between the moments of even and of odd "
+        "batches. Behind it, the relative change since half as many tokens.</p></details>"
+    )
 
 
 def _answers(line: dict[str, Any]) -> str:
@@ -128,6 +152,10 @@ def _answers(line: dict[str, Any]) -> str:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _numbers(rows: list[list[float | None]]) -> list[list[float]]:

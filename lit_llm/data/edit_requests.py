@@ -122,6 +122,16 @@ class Questions:
             raise ValueError("a rephrased question is empty. Give it, or leave it out.")
 
 
+def taught(edit: LanguageEdit, questions: Questions) -> list[str]:
+    """Rephrased questions that are paraphrases of the edit, except the prompt itself; case and white space do not count."""
+    paraphrases = {_alike(text) for text in edit.paraphrases} - {_alike(edit.prompt)}
+    return [text for text in questions.rephrases if _alike(text) in paraphrases]
+
+
+def _alike(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """An edit with the questions about it.
@@ -146,9 +156,9 @@ class EditRequest:
             )
         for language, questions in self.questions.items():
             given = self.edit.by_language[language]
-            if shared := (set(given.paraphrases) & set(questions.rephrases)) - {given.prompt}:
+            if shared := taught(given, questions):
                 raise ValueError(
-                    f"Request {self.id}, {language}: {sorted(shared)[0]!r} is a paraphrase for locating and a rephrased "
+                    f"Request {self.id}, {language}: {shared[0]!r} is a paraphrase for locating and a rephrased "
                     f"question as well; tested on it, the edit would only repeat itself. Remove it from one of them."
                 )
 

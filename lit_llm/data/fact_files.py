@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions
+from lit_llm.data.edit_requests import Edit, EditRequest, LanguageEdit, Question, Questions, taught
 from lit_llm.data.language_codes import check_language
 
 COUNTRIES = "facts:countries"
@@ -140,7 +140,7 @@ def _request(row: dict[str, Any], name: str) -> EditRequest:
             raise ValueError(f"by_lang.{language} is a {type(entry).__name__}, not an object.")
         _check_fields(entry, _LANGUAGE, {"prompt", "target_new"}, f"by_lang.{language}")
         edits[language], questions[language] = _edit(entry, language), _questions(entry, language)
-        if set(edits[language].paraphrases) & set(questions[language].rephrases) - {edits[language].prompt}:
+        if taught(edits[language], questions[language]):
             raise _Unusable(_TAUGHT)
     edit = Edit(str(row.get("id") or name), edits, row.get("relation"), tuple(row.get("names") or ()))
     return EditRequest(edit, questions)

@@ -21,6 +21,7 @@ from lit_llm.losses.token_divergence import token_divergence
 from lit_llm.losses.token_log_probs import token_log_probs
 
 _AWAY = Divergence(name="reverse_kl", temperature=1.0)  # KL(edited || untouched)
+_KEPT_BYTES = 2**28  # of the untouched model's logits; where a batch has more, every step forms them anew
 _COLUMNS_APART = 4  # rows that change this much later than others are batched apart
 
 
@@ -93,6 +94,7 @@ class RowBatch:
         self._read_answers(answers)
         self._lookup_E = self.lookup_A[essence]
         self._base_Ed = self._pass.base.flatten(0, 1)[self._lookup_E].clone()
+        self._base_EV: Tensor | None = None
         self._pass.base = self._pass.base[:0]  # not needed any more
 
     def losses(self, head: Head, facts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,9 +107,16 @@ class RowBatch:
         nll_F = nll_R.new_zeros(facts).index_add(0, self._fact_R, nll_R * self._weight_R)
         kl_F = nll_R.new_zeros(facts)
         if len(self._lookup_E):
-            kl_E = token_divergence(hidden_Nd[self._lookup_E], head, self._base_Ed, head, _AWAY)
+            kl_E = token_divergence(hidden_Nd[self._lookup_E], head, *self._untouched(head), _AWAY)
             kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
         return nll_F, kl_F, nll_R.detach()
+
+    def _untouched(self, head: Head) -> tuple[Tensor, Head | None]:
+        """What essence prompts are compared with: the same logits in every step, or what they are formed from."""
+        if self._base_EV is None and len(self._base_Ed) * head.num_rows * head.weight_VD.element_size() <= _KEPT_BYTES:
+            with torch.no_grad():
+                self._base_EV = head.in_compute_dtype()(self._base_Ed)
+        return (self._base_Ed, head) if self._base_EV is None else (self._base_EV, None)
 
     def _reader(self, layer: int):
         """Keeps neurons of the passes of one building: of the columns that run once, then of the others."""

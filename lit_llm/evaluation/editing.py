@@ -81,6 +81,14 @@ def first_sentence(text: str) -> str:
     return text if end is None else text[: end.start()].strip()
 
 
+def is_finished(text: str) -> bool:
+    """Whether `first_sentence` is the same however a generated text goes on."""
+    text = text.lstrip()
+    end = _SENTENCE_END.search(text)
+    # a full stop at the end may be the point of a number
+    return end is not None and (end.group() not in ".!?" or end.end() < len(text))
+
+
 def ngram_entropy(tokens: Sequence) -> float:
     """Fluency of ROME: mean of 2/3 of the entropy of bigrams and 4/3 of that of trigrams, in bits."""
     return (2 / 3 * _entropy(tokens, 2) + 4 / 3 * _entropy(tokens, 3)) / 2

@@ -22,7 +22,7 @@ def token_divergence(
     hidden_TD: Tensor,
     head: Head,
     reference_TE: Tensor,
-    reference_head: Head,
+    reference_head: Head | None,
     divergence: Divergence,
     *,
     chunk_size: int | None = None,
@@ -32,22 +32,24 @@ def token_divergence(
     Args:
         hidden_TD: of the model that is changed (the student, in the divergence's words).
         head: its head; taken as frozen.
-        reference_TE: hidden states of the same positions that stay as they are (the teacher).
-        reference_head: their head, with as many rows.
+        reference_TE: hidden states of the same positions that stay as they are (the teacher); or their logits, (T, V).
+        reference_head: their head, with as many rows; None: `reference_TE` are logits.
         divergence: which; `reverse_kl` is KL(changed || reference).
         chunk_size: rows at a time; None chooses by the vocabulary.
 
     Raises:
         ValueError: numbers of rows or vocabularies differ.
     """
-    if len(hidden_TD) != len(reference_TE) or head.num_rows != reference_head.num_rows:
+    reference_rows = reference_TE.shape[1] if reference_head is None else reference_head.num_rows
+    if len(hidden_TD) != len(reference_TE) or head.num_rows != reference_rows:
         raise ValueError(
             f"{len(hidden_TD)} positions over {head.num_rows} tokens are compared with {len(reference_TE)} positions over "
-            f"{reference_head.num_rows} tokens; both must agree."
+            f"{reference_rows} tokens; both must agree."
         )
     if chunk_size is None:
-        chunk_size = automatic_chunk(head.num_rows + reference_head.num_rows)
-    frozen, reference_head = head.detach().in_compute_dtype(), reference_head.detach().in_compute_dtype()
+        chunk_size = automatic_chunk(head.num_rows + reference_rows)
+    frozen = head.detach().in_compute_dtype()
+    reference_head = None if reference_head is None else reference_head.detach().in_compute_dtype()
     return _TokenDivergence.apply(hidden_TD, frozen, reference_TE.detach(), reference_head, divergence, chunk_size)
 
 
@@ -62,7 +64,8 @@ class _TokenDivergence(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 logits_CV = head(hidden_CD)
             changed_CV = at_least_float32(logits_CV.detach()).clone()
-            reference_CV = at_least_float32(reference_head(reference_TE[span]))
+            given_CE = reference_TE[span]  # logits are copied: they are written over below
+            reference_CV = at_least_float32(given_CE.clone() if reference_head is None else reference_head(given_CE))
             exclude_infinite_(changed_CV, reference_CV)
             value_C, gradient_CV = divergence_gradient_(divergence, changed_CV, reference_CV, wanted)
             values.append(value_C)

@@ -58,6 +58,25 @@ def token_log_probs(hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_si
     return _apply(hidden_TD, head, target_T, None, chunk_size)[0]
 
 
+@torch.no_grad()
+def best_tokens(
+    hidden_TD: Tensor, head: Head, target_T: Tensor, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best token of every row, (T,), and log softmax(head(hidden))[target], (T,), from one product with the head.
+
+    Arguments and errors as in `token_log_probs`.
+    """
+    _same_rows(hidden=hidden_TD, target=target_T)
+    frozen, chunk_size = head.detach().in_compute_dtype(), chunk_size or automatic_chunk(head.num_rows)
+    best, log_probs = [target_T[:0]], [at_least_float32(hidden_TD.new_zeros(0))]
+    for hidden_CD, target_C in zip(hidden_TD.split(chunk_size), target_T.split(chunk_size), strict=True):
+        if len(target_C):
+            logits_CV = frozen(hidden_CD)
+            best.append(logits_CV.argmax(-1))
+            log_probs.append(_log_prob_(logits_CV, target_C, False)[0])
+    return torch.cat(best), torch.cat(log_probs)
+
+
 def token_log_probs_with_kl(
     hidden_TD: Tensor,
     head: Head,

@@ -60,11 +60,12 @@ class Question:
     firing: Firing | None = None
 
     @property
-    def is_right(self) -> float:
-        """By what is written freely, where it was asked for, else by all tokens under teacher forcing."""
-        if self.said is None:
-            return float(self.predicted == self.wanted)
-        return float(normalized(first_sentence(self.said)) == normalized(self.wanted_said))
+    def right(self) -> dict[str, float]:
+        """1 or 0 by each protocol that was asked for: all tokens under teacher forcing, and what is written freely."""
+        found = {"exact": float(self.predicted == self.wanted)}
+        if self.said is not None:
+            found["generated"] = float(normalized(first_sentence(self.said)) == normalized(self.wanted_said))
+        return found
 
 
 class EditScores:
@@ -72,13 +73,19 @@ class EditScores:
 
     Args:
         languages: of the data.
-        crossed: kinds with a matrix.
+        crossed: kinds with matrices.
+
+    Attributes:
+        matrices: kind -> protocol -> matrix; `exact` of all questions, `generated` of those that are answered freely.
     """
 
     def __init__(self, languages: Sequence[str], crossed: Sequence[Kind] = ()) -> None:
         self.languages = list(languages)
         self._scores: dict[tuple[Kind, str], dict[str, MeanScore]] = {}
-        self.matrices = {kind: EditMatrix(self.languages, sync_on_compute=False) for kind in crossed}
+        self.matrices = {
+            kind: {protocol: EditMatrix(self.languages, sync_on_compute=False) for protocol in ("generated", "exact")}
+            for kind in crossed
+        }
         self._trigger: Counter[str] = Counter()
         self.asked: list[Question] = []
 
@@ -95,9 +102,9 @@ class EditScores:
     def add_crossed(self, edited: str, questions: Sequence[Question]) -> None:
         """Add questions asked under the edits of one language to the matrices."""
         for question in questions:
-            if question.kind in self.matrices:
-                score = torch.tensor([question.is_right])
-                self.matrices[question.kind].update(edited, question.language, score)
+            for protocol, matrix in self.matrices.get(question.kind, {}).items():
+                if protocol in question.right:
+                    matrix.update(edited, question.language, torch.tensor([question.right[protocol]]))
 
     def _update(self, metrics: dict[str, MeanScore], question: Question) -> None:
         pair = [list(question.predicted)], [list(question.wanted)]
@@ -143,9 +150,12 @@ class EditScores:
     def report(self) -> dict[str, Any]:
         """Everything, for the callbacks that write it; see `callbacks.edit_lines`."""
         matrices = {
-            kind: {"rows": [*self.languages, "all"], "values": matrix.compute()["matrix"].tolist()}
-            for kind, matrix in self.matrices.items()
-            if matrix.counts.any()
+            kind: {
+                protocol: {"rows": [*self.languages, "all"], "values": matrix.compute()["matrix"].tolist()}
+                for protocol, matrix in of_kind.items()
+                if matrix.counts.any()
+            }
+            for kind, of_kind in self.matrices.items()
         }
         return {
             "languages": self.languages,
@@ -155,7 +165,12 @@ class EditScores:
             "answers": [
                 {
                     **{"fact": q.fact, "kind": q.kind, "language": q.language, "prompt": q.prompt},
-                    **{"wanted": q.wanted_said, "before": q.said_before, "after": q.said, "right": bool(q.is_right)},
+                    **{
+                        "wanted": q.wanted_said,
+                        "before": q.said_before,
+                        "after": q.said,
+                        "right": bool(q.right["generated"]),
+                    },
                 }
                 for q in self.asked
                 if q.said is not None

@@ -11,17 +11,19 @@ from typing import NamedTuple
 import torch
 
 from lit_llm.data.batch import TokenBatch
-from lit_llm.data.edit_batch import KINDS, QuestionBatch
+from lit_llm.data.edit_batch import KINDS, EditBatch, QuestionBatch
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import Firing
-from lit_llm.evaluation.editing import first_sentence
-from lit_llm.losses.token_log_probs import token_log_probs
+from lit_llm.editing.triggers import SubjectIndex, decoded
+from lit_llm.evaluation.editing import first_sentence, is_finished
+from lit_llm.losses.token_log_probs import best_tokens
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.edit_scores import Question
 from lit_llm.methods.edited_model import EditedModel, fired
+from lit_llm.models.generation import Sampling, generate
 
-_MORE_TOKENS = 4  # than the longest wanted answer has, for one that is written freely
-_HEAD_ROWS = 256  # positions whose logits exist at a time
+_MORE_TOKENS = 4  # than a question's answer has, for what is written freely
+_NOT_NAMED = Firing(None, None, None)
 
 
 class Said(NamedTuple):
@@ -40,12 +42,17 @@ class Said(NamedTuple):
     firing: Firing | None = None
 
 
+Name = tuple[
+    tuple[int, ...], tuple[int, ...], int
+]  # a question: its prompt; prompt and answer; tokens before the answer
+
+
 class Asking:
     """Puts the questions of a batch to a model.
 
     Args:
         model: the model.
-        untouched: (prompt, answer) -> what it says without edits; filled on the way, so that it is asked once.
+        untouched: what it says without edits, by token ids (see `Name`); filled on the way, so that it is asked once.
         generation: of answers that are written freely.
         batch: the questions.
 
@@ -55,13 +62,18 @@ class Asking:
     """
 
     def __init__(
-        self, model: EditedModel, untouched: dict[tuple[str, str], Said], generation: Generation, batch: QuestionBatch
+        self, model: EditedModel, untouched: dict[Name, Said], generation: Generation, batch: QuestionBatch
     ) -> None:
         self.model, self.batch, self._untouched, self._generation = model, batch, untouched, generation
         self.loss = float("nan")
         self._answers: list[list[int]] = [[] for _ in batch.prompts]
         for row, target in zip(batch.rows.sequence_T.tolist(), batch.rows.target_T.tolist(), strict=True):
             self._answers[row].append(target)
+        both = zip(batch.rows.ids_BL.tolist(), batch.rows.length_B.tolist(), strict=True)
+        self._names: list[Name] = [
+            (tuple(prompt), tuple(ids[:length]), length - len(answer))
+            for prompt, (ids, length), answer in zip(batch.prompt_ids, both, self._answers, strict=True)
+        ]
 
     def questions(self, edits: EditSet, rows: Sequence[int], free: set[int]) -> list[Question]:
         """What the model says to these rows under some edits.
@@ -72,15 +84,15 @@ class Asking:
             free: rows that are also answered freely.
         """
         before = self._before(rows, free)
-        now = self._said(edits, rows, free) if len(edits) else before
+        now = self._now(edits, rows, free, before) if len(edits) else before
         about = [said.nll for row, said in zip(rows, now, strict=True) if self._kind(row) == "reliability"]
         self.loss = sum(about) / len(about) if about else float("nan")
-        return [self._question(*parts) for parts in zip(rows, now, before, strict=True)]
+        return [self._question(row, row in free, *said) for row, *said in zip(rows, now, before, strict=True)]
 
     def _kind(self, row: int) -> str:
         return KINDS[self.batch.kind_R[row]]
 
-    def _question(self, row: int, now: Said, before: Said) -> Question:
+    def _question(self, row: int, is_free: bool, now: Said, before: Said) -> Question:
         batch, kind = self.batch, self._kind(row)
         is_locality = kind == "locality"
         return Question(
@@ -91,53 +103,109 @@ class Asking:
             answer=batch.answers[row],
             predicted=now.predicted,
             wanted=before.predicted if is_locality else tuple(self._answers[row]),
-            said=now.text,
+            said=now.text if is_free else None,
             wanted_said=(before.text or "") if is_locality else batch.answers[row],
-            said_before=before.text,
+            said_before=before.text if is_free else None,
             firing=now.firing,
         )
 
     def _before(self, rows: Sequence[int], free: set[int]) -> list[Said]:
-        known = self._untouched
-        names = [(self.batch.prompts[row], self.batch.answers[row]) for row in rows]
-        new = [
-            row
-            for row, name in zip(rows, names, strict=True)
-            if name not in known or (row in free and known[name].text is None)
-        ]
-        for row, said in zip(new, self._said(EditSet(self.model.digest), new, free), strict=True):
-            known[self.batch.prompts[row], self.batch.answers[row]] = said
-        return [known[name] for name in names]
+        known, names = self._untouched, self._names
+        once, freely = self._distinct(rows, free)
+        new = [row for row in once if names[row] not in known or (row in freely and known[names[row]].text is None)]
+        known |= self._said(EditSet(self.model.digest), new, freely)
+        return [known[names[row]] for row in rows]
 
-    def _said(self, edits: EditSet, rows: Sequence[int], free: set[int]) -> list[Said]:
+    def _now(self, edits: EditSet, rows: Sequence[int], free: set[int], before: Sequence[Said]) -> list[Said]:
+        """What the untouched model says stands for rows on which no edit can act."""
+        names = [self._names[row] for row in rows]
+        named = about_a_subject(self.model, edits, names)
+        said = {
+            name: as_before._replace(firing=_NOT_NAMED)
+            for name, as_before in zip(names, before, strict=True)
+            if name not in named
+        }
+        once, freely = self._distinct([row for row in rows if self._names[row] in named], free)
+        said |= self._said(edits, once, freely)
+        return [said[name] for name in names]
+
+    def _distinct(self, rows: Sequence[int], free: set[int]) -> tuple[list[int], set[int]]:
+        """One row for each question, and those among them that any of the rows wants answered freely."""
+        first: dict[Name, int] = {}
+        for row in rows:
+            first.setdefault(self._names[row], row)
+        return list(first.values()), {first[self._names[row]] for row in rows if row in free}
+
+    def _said(self, edits: EditSet, rows: Sequence[int], free: set[int]) -> dict[Name, Said]:
         if not rows:
-            return []
+            return {}
         tokens, head = _chosen(self.batch.rows, rows), self.model.model.head
         with self.model.under(edits, self.batch.prompt_length_R[list(rows)].tolist()) as caches:
             hidden_TD = self.model.model.hidden(tokens)
             firings = fired(caches, len(rows)) if caches else [None] * len(rows)
-        best_T = torch.cat([head(part_TD).argmax(-1) for part_TD in hidden_TD.split(_HEAD_ROWS)])
-        nll_T = -token_log_probs(hidden_TD, head, tokens.target_T)
+        best_T, log_prob_T = best_tokens(hidden_TD, head, tokens.target_T)
         counts = torch.bincount(tokens.sequence_T, minlength=len(rows)).tolist()
         texts = self._written(edits, [row for row in rows if row in free])
-        return [
-            Said(tuple(best.tolist()), texts.get(row), nll.mean().item(), firing)
-            for row, best, nll, firing in zip(rows, best_T.split(counts), nll_T.split(counts), firings, strict=True)
-        ]
+        parts = zip(rows, best_T.split(counts), log_prob_T.split(counts), firings, strict=True)
+        return {
+            self._names[row]: Said(tuple(best.tolist()), texts.get(row), -log_prob.mean().item(), firing)
+            for row, best, log_prob, firing in parts
+        }
 
     def _written(self, edits: EditSet, rows: list[int]) -> dict[int, str]:
         """row -> what is written freely, up to its first sentence."""
         if not rows:
             return {}
-        longest = max(len(self._answers[row]) for row in rows)
+        model = self.model.model
+        limits = [min(self._generation.max_new_tokens, len(self._answers[row]) + _MORE_TOKENS) for row in rows]
+
+        def ends(number: int, new: list[int]) -> bool:
+            # its own limit, whatever it is asked beside: what is said before and after an edit is compared
+            return len(new) >= limits[number] or is_finished(model.tokenizer.decode(new, skip_special_tokens=True))
+
         with self.model.under(edits):
-            ids = self.model.model.generate(
+            ids = generate(
+                model.transformer,
+                model.tokenizer,
                 [list(self.batch.prompt_ids[row]) for row in rows],
-                max_new_tokens=min(self._generation.max_new_tokens, longest + _MORE_TOKENS),
-                batch_size=self._generation.batch_size,
+                Sampling(max(limits)),
+                self._generation.batch_size,
+                model.head.num_rows,
+                until=ends,
             )
-        texts = self.model.model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return {row: first_sentence(text) for row, text in zip(rows, texts, strict=True)}
+
+
+@torch.no_grad()
+def known_already(
+    model: EditedModel, edits: EditSet, batch: EditBatch, languages: Sequence[str] | None = None
+) -> set[int]:
+    """Facts of a batch whose new answer the model gives greedily under some edits, in all of their languages.
+
+    Args:
+        languages: that count; None: all of each fact.
+
+    Returns:
+        Their numbers in the batch.
+    """
+    bare = (batch.paraphrase_R == 0).nonzero()[:, 0].tolist()
+    rows = [row for row in bare if languages is None or batch.languages[batch.language_R[row]] in languages]
+    tokens, facts = _chosen(batch.rows, rows), batch.fact_R[rows].tolist()
+    with model.under(edits, batch.prompt_length_R[rows].tolist()):
+        hidden_TD = model.model.hidden(tokens)
+    best_T, _ = best_tokens(hidden_TD, model.model.head, tokens.target_T)
+    wrong = set(tokens.sequence_T[best_T != tokens.target_T].tolist())
+    return set(facts) - {facts[at] for at in wrong}
+
+
+def about_a_subject(model: EditedModel, edits: EditSet, names: Sequence[Name]) -> set[Name]:
+    """The questions on which an edit may act: cached edits act on none that does not name one of their subjects."""
+    if edits.of_weights:
+        return set(names)
+    index, tokenizer = SubjectIndex({edit.fact.id: edit.fact.names() for edit in edits.cached}), model.model.tokenizer
+    asked = {name: {name[0], name[1][: name[2]]} for name in names}  # alike unless a merge joins prompt and answer
+    return {name for name, texts in asked.items() if any(index.find(decoded(tokenizer, text)) for text in texts)}
 
 
 def _chosen(tokens: TokenBatch, rows: Sequence[int]) -> TokenBatch:

@@ -21,7 +21,7 @@ from lit_llm.evaluation.samples import Sample
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method
 from lit_llm.methods.edit_scores import EditScores
-from lit_llm.methods.edited_answers import Asking, Said
+from lit_llm.methods.edited_answers import Asking, Name, Said, known_already
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
@@ -33,7 +33,8 @@ ALL = "all"
 class Editing(Method):
     """Changes facts that a model states, a group of facts at a time; the model itself is frozen.
 
-    A training batch is a group of facts, and writing their edits is one optimizer step. Checkpoints hold edits alone.
+    A training batch is a group of facts, and writing their edits is one optimizer step. Facts whose new answer the model gives
+    already, in every language that is edited, are skipped and counted (`already_known`). Checkpoints hold edits alone.
     Validation and test ask questions about all facts of the data, under the edits that are there: reliability (the prompt
     itself), generality (rephrased), portability (one step further), each for its answer; locality compares what is said of
     unrelated questions with what the untouched model says. Unrelated questions that are themselves edited in the same run
@@ -83,9 +84,10 @@ class Editing(Method):
         self.alone: dict[str, EditSet] = {}
         self.edit_report: dict[str, Any] | None = None
         self._scores: EditScores | None = None
-        self._untouched: dict[tuple[str, str], Said] = {}
+        self._untouched: dict[Name, Said] = {}
         self._asked_already: set[str] = set()
         self._seconds: list[float] = []
+        self.already_known: list[str] = []
 
     @abstractmethod
     def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
@@ -150,8 +152,21 @@ class Editing(Method):
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         start = time.perf_counter()
-        facts = edited_facts(batch)
+        facts = self._unknown(edited_facts(batch), batch)
+        if facts:
+            self._edit(facts, start)
+        self.log("train/already_known", float(len(self.already_known)), batch_size=1)
+        self.written += len(facts)
+        self.optimizers().step()
+
+    def _unknown(self, facts: Sequence[EditedFact], batch: EditBatch) -> list[EditedFact]:
+        """The facts whose new answer the model does not give already."""
         self._check_languages(facts)
+        known = known_already(self.model, self.edits, batch, self.edited_in)
+        self.already_known += [fact.edit.id for number, fact in enumerate(facts) if number in known]
+        return [fact for number, fact in enumerate(facts) if number not in known]
+
+    def _edit(self, facts: Sequence[EditedFact], start: float) -> None:
         kept = facts if self.edited_in is None else [fact.within(self.edited_in) for fact in facts]
         made = self._write(self.edits, kept, ALL)
         seconds = time.perf_counter() - start
@@ -159,8 +174,6 @@ class Editing(Method):
         self.log_edits(made, seconds)
         for language, edits in self.alone.items():
             self._write(edits, [fact.within([language]) for fact in facts], language)
-        self.written += len(facts)
-        self.optimizers().step()
 
     def _write(self, edits: EditSet, facts: Sequence[EditedFact], name: str) -> list[Edit]:
         """All edits of the group, or none."""
@@ -243,7 +256,8 @@ class Editing(Method):
                         self.log(f"{stage}/{kind}_{name}", value, batch_size=1)
         for name, value in report["trigger"].items():
             self.log(f"{stage}/trigger/{name}", value, batch_size=1)
-        self.edit_report = {**report, "facts": len(self.edits), "method": self.words, **self.more_to_report()}
+        self.edit_report = {**report, "facts": len(self.edits), "already_known": self.already_known}
+        self.edit_report |= {"method": self.words, **self.more_to_report()}
         if self._seconds:
             self.edit_report["seconds_per_fact"] = sum(self._seconds) / len(self._seconds)
         shown = [q for q in scores.asked if q.said is not None and q.kind != "locality"][: self.generation.shown]
@@ -271,9 +285,9 @@ class Editing(Method):
         """The file of edits; and, where they are changes of weights, the edited model as a plain folder."""
         if self.edits.cached:
             rank_zero_info(
-                f"{len(self.edits.cached)} edits are cached values, which a folder of weights cannot hold, so no model/ is "
-                f"written. {EDITS_FILE} acts on the base: python -m lit_llm ask --model "
-                f"{self.student_spec.source} --edits {self.run_folder / EDITS_FILE}"
+                f"{len(self.edits.cached)} edits are cached values beside the model, so no model/ is written. {EDITS_FILE} acts "
+                f"on the base: python -m lit_llm ask --model {self.student_spec.source} --edits {self.run_folder / EDITS_FILE}; "
+                f"bake instead of ask writes it into weights, which then also act on other texts."
             )
             return {EDITS_FILE: self.edits.save}
         return {EDITS_FILE: self.edits.save, "model": self.export}
@@ -293,12 +307,14 @@ class Editing(Method):
         sets = {ALL: self.edits, **self.alone}
         checkpoint["lit_llm"]["edits"] = {name: list(edits.state()) for name, edits in sets.items()}
         checkpoint["lit_llm"]["seconds"] = self._seconds
+        checkpoint["lit_llm"]["already_known"] = self.already_known
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         sets = {name: EditSet.from_state(state) for name, state in checkpoint["lit_llm"]["edits"].items()}
         self.edits, self.alone = sets.pop(ALL), sets
         self._seconds = list(checkpoint["lit_llm"]["seconds"])
+        self.already_known = list(checkpoint["lit_llm"].get("already_known", []))
 
     def identity(self) -> dict[str, Any]:
         digest = None if self.model is None else self.model.digest

@@ -8,7 +8,7 @@ Shapes: B prompts, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -76,6 +76,7 @@ def generate(
     sampling: Sampling,
     batch_size: int,
     num_tokens: int | None = None,
+    until: Callable[[int, list[int]], bool] | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, without the token that ended it.
 
@@ -88,6 +89,8 @@ def generate(
         sampling: how tokens are chosen.
         batch_size: prompts at a time; prompts of similar length are put together.
         num_tokens: ids from here on are never chosen; None: every row of the head may be.
+        until: (number of the prompt, its new ids so far) -> whether the answer ends with these; a batch of prompts is done when
+            all of its answers are. None: only the model and the limit end them.
 
     Raises:
         ValueError: an empty prompt, or one that leaves no room in a model with a table of positions.
@@ -102,8 +105,11 @@ def generate(
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             ids_BL, mask_BL = _left_padded([prompts[i] for i in members], tokenizer.pad_token_id, model.device)
-            new_BL = _continue(model, tokenizer, ids_BL, mask_BL, sampling, num_tokens)[:, ids_BL.shape[1] :]
-            for i, new in zip(members, new_BL.tolist(), strict=True):
+            stop = _Until(until, members, ids_BL.shape[1])
+            controls = {} if until is None else {"stopping_criteria": [stop]}
+            new_BL = _continue(model, tokenizer, ids_BL, mask_BL, sampling, num_tokens, **controls)
+            for i, new in zip(members, new_BL[:, ids_BL.shape[1] :].tolist(), strict=True):
+                new = new[: stop.lengths.get(i)]  # padding follows
                 answers[i] = new[: next((at for at, token in enumerate(new) if token in ends), len(new))]
     return answers
 
@@ -176,6 +182,20 @@ def position_limit(model: nn.Module) -> int | None:
     config = model.config.get_text_config()
     rotary = getattr(config, "rope_parameters", None)
     return None if rotary else getattr(config, "max_position_embeddings", None)
+
+
+class _Until:
+    """Ends the rows of a batch one by one, and keeps how many new tokens each had by then."""
+
+    def __init__(self, until: Callable[[int, list[int]], bool] | None, members: Sequence[int], start: int) -> None:
+        self._until, self._members, self._start = until, members, start
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, ids_BL: Tensor, scores, **_) -> Tensor:
+        for i, new in zip(self._members, ids_BL[:, self._start :].tolist(), strict=True):
+            if i not in self.lengths and self._until(i, new):
+                self.lengths[i] = len(new)
+        return torch.tensor([i in self.lengths for i in self._members], device=ids_BL.device)
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ def test_a_rephrased_question_cannot_be_smuggled_in_as_a_paraphrase():
     given = edit(en=LanguageEdit("Rome is in", "France", subject="Rome", paraphrases=("Where is Rome?",)))
     with pytest.raises(ValueError, match="rome, en: 'Where is Rome[?]' is a paraphrase .* and a rephrased question"):
         EditRequest(given, {"en": Questions(rephrases=("Where is Rome?",))})
+    for nearly in ("WHERE is Rome?", " Where is  Rome?\n"):
+        with pytest.raises(ValueError, match="remove it from one of them".capitalize()):
+            EditRequest(given, {"en": Questions(rephrases=(nearly,))})
     same = edit(en=LanguageEdit("Rome is in", "France", subject="Rome", paraphrases=("Rome is in",)))
     assert EditRequest(same, {"en": Questions(rephrases=("Rome is in",))}).languages == ("en",)
 

@@ -100,6 +100,7 @@ def test_a_line_outside_the_schema_is_refused_whatever_the_setting(tmp_path, lin
         (row(locality=[{"prompt": "x", "answer": ""}]), "an empty text"),
         (row(target_new="Italy"), "a new target that is the old one"),
         (row(rephrase=["The city of Rome is in"]), "a paraphrase that is a question of the test"),
+        (row(rephrase=["the city of  ROME is in"]), "a paraphrase that is a question of the test"),
         ({**row(), "id": "first"}, "an id that an earlier line has"),
     ],
 )

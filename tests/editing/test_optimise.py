@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lit_llm.editing import row_batches
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.optimise import FactRows, Optimising, SharedValues, optimise
 from lit_llm.editing.passes import neurons_at, run
@@ -92,6 +93,19 @@ def test_what_runs_once_makes_no_difference(apply):
         assert one.steps == other.steps
         for layer in LAYERS:
             torch.testing.assert_close(one.values[layer], other.values[layer])
+
+
+def test_predictions_to_keep_are_formed_once_or_in_every_step_with_the_same_values(monkeypatch):
+    body, head = models.body_and_head("llama", dtype=torch.float64)
+    facts, chosen = models.facts(3), models.neurons(3, LAYERS)
+    optimising = Optimising(steps=5, kl_weight=0.5)
+    kept = optimise(body, head, facts, chosen, optimising)
+    monkeypatch.setattr(row_batches, "_KEPT_BYTES", 0)
+    anew = optimise(body, head, facts, chosen, optimising)
+    for one, other in zip(kept, anew, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-12)
+        for layer in LAYERS:
+            torch.testing.assert_close(one.values[layer], other.values[layer], rtol=1e-12, atol=1e-14)
 
 
 def test_an_answer_becomes_likely_and_a_fact_that_is_done_stops_while_others_go_on():

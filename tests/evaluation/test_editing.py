@@ -15,6 +15,7 @@ from lit_llm.evaluation.editing import (
     MeanScore,
     TokenExactMatch,
     first_sentence,
+    is_finished,
     normalized,
     token_agreement,
     token_f1,
@@ -42,6 +43,24 @@ def test_agreement_is_the_share_within_each_question():
 )
 def test_a_generated_answer_ends_with_its_first_line_or_sentence(generated, kept):
     assert first_sentence(generated) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "finished"),
+    [
+        ("\nLyon", False),
+        ("\nLyon\n", True),
+        ("里昂。", True),
+        ("3.", False),
+        ("3.14", False),
+        ("Lyon. ", True),
+        ("Lyon.\n", True),
+    ],
+)
+def test_an_answer_is_finished_once_nothing_that_follows_can_change_it(text, finished):
+    assert is_finished(text) is finished
+    if finished:
+        assert all(first_sentence(text + more) == first_sentence(text) for more in ("", "5", " x. y", "\n"))
 
 
 def test_words_are_characters_in_scripts_without_spaces():

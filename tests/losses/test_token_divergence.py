@@ -35,6 +35,21 @@ def test_values_and_gradients_are_those_over_whole_logits(name, chunk_size):
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
+def test_logits_that_are_kept_serve_for_their_head_and_stay_as_they_are():
+    hidden, head, reference, reference_head = parts()
+    divergence, kept = Divergence("reverse_kl", temperature=1.0), reference_head(reference)
+    found = []
+    for other in ((reference, reference_head), (kept, None), (kept, None)):
+        ours = hidden.clone().requires_grad_()
+        value = token_divergence(ours, head, *other, divergence)
+        value.sum().backward()
+        found.append((value.detach(), ours.grad))
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0]) and torch.equal(gradient, found[0][1])
+    with pytest.raises(ValueError, match="over 10 tokens"):
+        token_divergence(hidden, head, kept[:, :10], None, divergence)
+
+
 def test_equal_predictions_have_no_divergence_and_no_positions_have_none():
     hidden, head, _, _ = parts()
     same = token_divergence(hidden, head, hidden, head, Divergence("reverse_kl", temperature=1.0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.losses.head import Head
-from lit_llm.losses.token_log_probs import LogProbsWithKL, token_log_probs, token_log_probs_with_kl
+from lit_llm.losses.token_log_probs import LogProbsWithKL, best_tokens, token_log_probs, token_log_probs_with_kl
 from tests.losses.watch import LargestTensor
 from tests.reference import align_distil as reference
 from tests.reference.divergences import softmax
@@ -240,3 +240,11 @@ def test_rows_that_are_not_paired_are_refused_with_their_numbers(given):
         token_log_probs(given["hidden_TD"], given["head"], given["target_T"][1:])
     with pytest.raises(ValueError, match=f"{T - 2} reference"):
         with_kl(given, reference_TE=normal(T - 2, E))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_the_best_token_comes_from_the_same_logits(given, chunk_size):
+    best_T, log_prob_T = best_tokens(**given, chunk_size=chunk_size)
+    assert torch.equal(best_T, given["head"](given["hidden_TD"]).argmax(-1))
+    torch.testing.assert_close(log_prob_T, token_log_probs(**given).detach())
+    assert not log_prob_T.requires_grad

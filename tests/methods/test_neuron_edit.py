@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lit_llm.data.fact_tokens import FactText, encode_facts
 from lit_llm.editing.deltas import EditSet
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
@@ -60,13 +61,21 @@ def test_a_run_leaves_its_edits_its_matrix_and_its_answers_but_no_model(run):
     assert not (folder / "model").exists()
     *_, line = [json.loads(text) for text in (folder / "edits.jsonl").read_text().splitlines()]
     assert line["facts"] == 8 and line["seconds_per_fact"] > 0
-    matrix = line["matrices"]["reliability"]
-    assert matrix["rows"] == ["en", "de", "all"] and all(None not in row for row in matrix["values"])
+    assert set(line["matrices"]["reliability"]) == {"generated", "exact"}
+    for protocol, matrix in line["matrices"]["reliability"].items():
+        assert matrix["rows"] == ["en", "de", "all"] and all(None not in row for row in matrix["values"])
+        scores = [line["scores"]["reliability"][language][protocol] for language in ("en", "de")]
+        assert matrix["values"][-1] == pytest.approx(scores)
     assert set(line["scores"]) == {"reliability", "generality", "locality", "portability"}
     assert {answer["kind"] for answer in line["answers"]} == set(line["scores"])
     assert set(line["overlap"]["layers"]) == {"1", "2"}
     page = (folder / "report.html").read_text()
-    for words in ("Reliability by language", "Neurons that two languages select, layer 1", "answers before and after"):
+    for words in (
+        "Reliability by language, written freely",
+        "Reliability by language, teacher-forced",
+        "Neurons that two languages select, layer 1",
+        "answers before and after",
+    ):
         assert words in page
     assert "seconds per fact" in page
 
@@ -152,6 +161,43 @@ def test_settings_that_cannot_work_are_refused(tmp_path, settings, message, caps
     with pytest.raises((ValueError, SystemExit)) as stop:
         fit(edit_config(tmp_path, **{"data": data, **settings}))
     assert message in str(stop.value) + capsys.readouterr().err
+
+
+def test_a_fact_that_the_model_says_already_is_skipped_and_counted(tmp_path):
+    config = edit_config(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()]
+    model = ModelSpec(source=str(tmp_path / "model")).load().eval()
+    said = {
+        (row["id"], code): said_after(model, entry["prompt"]) for row in rows for code, entry in row["by_lang"].items()
+    }
+    for row in rows:
+        for code, entry in row["by_lang"].items():
+            entry["target_new"] = said[row["id"], code] or entry["target_new"]
+    everywhere = [row["id"] for row in rows if said[row["id"], "en"] and said[row["id"], "de"]]
+    anywhere = [name for (name, _), text in said.items() if text]
+    assert everywhere and set(anywhere) > set(everywhere), "the model should know some facts in one language alone"
+    (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.write_text(config.read_text().replace("batch_size: 2", "batch_size: 2\n    target_separator: none"))
+    cli = fit(config, "--data.seed=0")
+    assert {edit.fact.id for edit in edits_of(cli)} == {row["id"] for row in rows} - set(everywhere)
+    assert cli.trainer.callback_metrics["train/already_known"] == len(everywhere)
+    *_, line = [json.loads(text) for text in (cli.model.run_folder / "edits.jsonl").read_text().splitlines()]
+    assert set(line["already_known"]) == set(everywhere) and line["facts"] == 8 - len(everywhere)
+    assert "since the model says so already" in (cli.model.run_folder / "report.html").read_text()
+    checkpoint = torch.load(cli.model.run_folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["lit_llm"]["already_known"] == line["already_known"]
+
+
+def said_after(model, prompt: str) -> str | None:
+    """A text that the model writes, tokenised as it was written; None where there is none."""
+    ids = encode_facts(model.tokenizer, [FactText("en", prompt)])[0].prompt_ids
+    (new,) = model.generate([list(ids)], max_new_tokens=8)
+    texts = [model.tokenizer.decode(new[:length]) for length in range(1, len(new) + 1)]
+    for length, text in enumerate(texts, 1):
+        (row,) = encode_facts(model.tokenizer, [FactText("en", prompt, text)], "none")
+        if list(row.ids) == [*ids, *new[:length]] and text.strip():
+            return text
+    return None
 
 
 def test_other_data_and_more_epochs_are_refused(tmp_path):

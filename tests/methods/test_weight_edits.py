@@ -58,8 +58,10 @@ def test_weights_are_edited_where_it_is_said_and_nowhere_else(tmp_path, method):
 def test_new_answers_become_likelier_and_the_matrix_is_filled(tmp_path, method):
     cli = fit(config_of(tmp_path, method, crossed=["reliability"], data={"limit": 4}), "--trainer.val_check_interval=2")
     lines = [json.loads(line) for line in (cli.model.run_folder / "edits.jsonl").read_text().splitlines()]
-    values = lines[-1]["matrices"]["reliability"]["values"]
+    values = lines[-1]["matrices"]["reliability"]["exact"]["values"]
     assert len(values) == 3 and all(value is not None for row in values for value in row)
+    page = (cli.model.run_folder / "report.html").read_text()
+    assert ("second moments of neurons over 1,000 tokens" in page) == (method in ("MEMIT", "AlphaEdit"))
     header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
     losses = [float(x) for row in rows if (x := row.split(",")[header.split(",").index("val/loss")])]
     assert losses[-1] < losses[0]

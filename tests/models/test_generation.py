@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lit_llm.models import generation
 from lit_llm.models.generation import end_ids
 from lit_llm.models.language_model import Lora, ModelSpec
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
@@ -173,3 +174,19 @@ def test_a_stream_that_is_left_early_stops_working(model):
     pieces.close()
     assert "lit_llm stream" not in {thread.name for thread in threading.enumerate()}
     assert len(steps) < 2000
+
+
+@pytest.mark.parametrize("batch_size", [1, 100])
+def test_an_answer_ends_where_its_prompt_says_and_the_others_go_on(model, batch_size):
+    whole = model.generate(PROMPTS, max_new_tokens=6)
+    limits = [1, 6, 3, 2, 9]
+    given = generation.generate(
+        model.transformer,
+        model.tokenizer,
+        PROMPTS,
+        generation.Sampling(6),
+        batch_size,
+        model.head.num_rows,
+        until=lambda number, new: len(new) >= limits[number],
+    )
+    assert given == [answer[:limit] for answer, limit in zip(whole, limits, strict=True)]
