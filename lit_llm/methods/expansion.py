@@ -16,7 +16,7 @@ from lit_llm.evaluation.language_similarity import MeasuredLanguage, SimilarityR
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.allocation import Allocation
-from lit_llm.models.expansion_plan import ExpansionPlan
+from lit_llm.models.expansion_plan import ExpansionPlan, LanguageGroup
 from lit_llm.models.language_model import LanguageModel
 from lit_llm.models.sharding import whole_numel
 from lit_llm.storage import write_atomically
@@ -48,12 +48,7 @@ def plan_expansion(
     """
     model = student.transformer
     current = surgery.plan_of(model)
-    known = 1 if current is None else len(current.groups)
-    if len(data.groups) != known + 1:
-        raise ValueError(
-            f"data.groups has {len(data.groups)} groups ({', '.join(data.group_names)}), but the student knows {known}, and "
-            f"an expansion adds one.\n  Name the groups that it knows first, in their order, then the one to be added."
-        )
+    check_groups(current, data, added=1)
     report = None
     if similarity is not None or expand.by_similarity:
         report = _similarity(student, data, similarity or Similarity(), strategy)
@@ -70,6 +65,42 @@ def plan_expansion(
         )
     about = {"rule": found.rule, "value": found.value}
     return current.with_group(data.group_names[-1], data.newest, found.experts, _kept(report, similarity), about)
+
+
+def check_groups(plan: ExpansionPlan | None, data: Languages, added: int = 0) -> None:
+    """The groups of the data against those that the student knows: the same names and languages, in the same order.
+
+    Args:
+        plan: of the student; None: it is dense and knows the first group, whatever that is called.
+        data: its groups of languages.
+        added: how many of the last ones the student does not know yet.
+
+    Raises:
+        ValueError: they are others, or in another order.
+    """
+    given = [LanguageGroup(name, list(languages)) for name, languages in data.groups.items()]
+    known = given[:1] if plan is None else plan.groups
+    named = given[: len(given) - added]
+    same = len(named) == len(known) and all(
+        # a plan that was made by hand may leave out the languages
+        ours.name == theirs.name and (not theirs.languages or sorted(ours.languages) == sorted(theirs.languages))
+        for ours, theirs in zip(named, known)
+    )
+    if same and (plan is not None or added):
+        return
+    step = "Name the same groups, or set model.student.source to a model that stage 1 expanded for them (model.expand)."
+    if added:
+        step = "Name the groups that it knows first, as they were, then the one to be added."
+    raise ValueError(
+        f"data.groups has {_words(given)}, but the student knows {_words(known)}"
+        f"{', and an expansion adds one group' if added else ''}. Experts and classifiers belong to groups by their place, so "
+        f"names, languages and the order of groups must be the same.\n  {step}"
+    )
+
+
+def _words(groups: list[LanguageGroup]) -> str:
+    listed = ", ".join(f"{group.name} ({' '.join(group.languages)})" for group in groups)
+    return f"{len(groups)} group{'' if len(groups) == 1 else 's'}: {listed}"
 
 
 def allocate(expand: Expand, layers: int, report: SimilarityReport | None) -> Allocation:

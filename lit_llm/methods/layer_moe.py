@@ -27,7 +27,7 @@ from lit_llm.losses.routing import (
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
-from lit_llm.methods.expansion import plan_expansion, write_expansion
+from lit_llm.methods.expansion import check_groups, plan_expansion, write_expansion
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.dispatch import Dispatch
@@ -146,6 +146,8 @@ class LayerMoE(Method):
             self.plan = self._expanded(model, data)
         else:
             self.plan = self._with_classifiers(model, data)
+        if data is not None:
+            check_groups(self.plan, data)
         for routed in surgery.routed_layers(model).values():
             routed.backend = self.dispatch
             if routed.classifier is not None:
@@ -162,12 +164,7 @@ class LayerMoE(Method):
         settings = self.expand_settings
         if settings is None:
             plan = surgery.plan_of(model)
-            known = 1 if plan is None else len(plan.groups)
-            if plan is None or known != len(data.groups):
-                raise ValueError(
-                    f"model.expand is not set, but the student knows {known} group(s) of languages and data.groups has "
-                    f"{len(data.groups)}. Set model.expand.new_experts, or another rule."
-                )
+            check_groups(plan, data)
             return plan
         plan = plan_expansion(self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy)
         surgery.expand(model, plan, run_seed(settings.seed), settings.router_init, self.dispatch)
@@ -175,12 +172,7 @@ class LayerMoE(Method):
 
     def _with_classifiers(self, model, data: Languages) -> ExpansionPlan:
         plan = surgery.plan_of(model)
-        if plan is None or len(plan.groups) != len(data.groups):
-            known = 1 if plan is None else len(plan.groups)
-            raise ValueError(
-                f"model.stage is 2, which reviews {len(data.groups)} groups of languages, but the student knows {known}. Set "
-                f"model.student.source to the model of stage 1."
-            )
+        check_groups(plan, data)
         new_old = (plan.similarity or {}).get("new_old")
         layers = allocation.classifier_layers(self.classifier_layers, plan.expert_counts, new_old)
         if layers:
