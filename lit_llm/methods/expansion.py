@@ -214,10 +214,13 @@ def _kept(report: SimilarityReport | None, settings: Similarity | None) -> dict[
 
 @rank_zero_only
 def _tell(folder: Path, expand: Expand, found: Allocation, report: SimilarityReport | None) -> None:
+    arguments: dict[str, Any] = {"expand": expand.overlay(found.experts)}
     if report is not None:
         rank_zero_info(report.text())
         report.write(folder / "similarity.json")
+        # classifier layers of stage 2 are chosen by it; the whole path, so that it is found from any folder
+        arguments["similarity"] = {"file": str((folder / "similarity.json").resolve())}
     rank_zero_info(found.text())
-    overlay = {"model": {"init_args": {"expand": expand.overlay(found.experts)}}}
+    overlay = {"model": {"init_args": arguments}}
     head = "# The experts per layer of this run as a list. After its config, it repeats the run without measuring.\n"
     write_atomically(folder / "allocation.yaml", head + yaml.safe_dump(overlay, sort_keys=False))

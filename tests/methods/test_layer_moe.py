@@ -291,11 +291,17 @@ def test_experts_are_allocated_by_measured_similarity_and_the_run_says_how(tmp_p
 
     overlay = yaml.safe_load((folder / "allocation.yaml").read_text())
     assert overlay["model"]["init_args"]["expand"]["experts"] == plan.expert_counts
-    again = language_config(tmp_path / "again", 1, model={**settings, "similarity": None}, max_steps=1)
-    repeated = fit(again, "--config", str(folder / "allocation.yaml"), "--trainer.limit_val_batches=0",
-                   "--trainer.val_check_interval=null")  # fmt: skip
-    assert repeated.model.plan.expert_counts == plan.expert_counts
-    assert not (repeated.model.run_folder / "similarity.json").exists()
+    monkeypatch.setattr("lit_llm.methods.expansion.measure", None)  # a call would be an error
+    monkeypatch.chdir(tmp_path)
+    unvalidated = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
+    again = language_config(tmp_path / "again", 1, model=settings, max_steps=1)
+    repeated = fit(again, "--config", str(folder / "allocation.yaml"), *unvalidated).model
+    assert repeated.plan.expert_counts == plan.expert_counts
+    source, classifiers = repeated.run_folder / "model", {"classifier_layers": 2}
+    config = language_config(tmp_path / "review", 2, source=source, model=classifiers, max_steps=1)
+    review = fit(config, *unvalidated).model
+    most_alike = sorted(range(3), key=lambda layer: -report.new_old[layer])[:2]
+    assert review.plan.classifier_layers == sorted(most_alike)
 
 
 def test_a_second_group_grows_the_model_and_leaves_the_first_groups_experts_alone(tmp_path):
@@ -429,7 +435,9 @@ def test_a_checkpoint_of_either_stage_becomes_a_model_folder(first, tmp_path):
 def test_stages_and_groups_that_do_not_fit_are_refused(first, tmp_path):
     with pytest.raises(ValueError, match=r"model\.stage is 1, but data\.stage is 2"):
         fit(language_config(tmp_path / "a", 1, data={"stage": 2}))
-    with pytest.raises(ValueError, match="data.groups has 2 groups: .* but the student knows 2 groups: .* adds one group"):
+    with pytest.raises(
+        ValueError, match="data.groups has 2 groups: .* but the student knows 2 groups: .* adds one group"
+    ):
         fit(language_config(tmp_path / "b", 1, source=first / "model"))
     with pytest.raises(ValueError, match=r"the student knows 1 group: old \(en\)"):
         fit(language_config(tmp_path / "c", 2))
