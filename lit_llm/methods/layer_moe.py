@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_llm.data.batch import LanguageBatch
@@ -59,7 +60,8 @@ class LayerMoE(Method):
     The load f of the balance loss is that of a micro-batch, so in stage 1 another split of a batch gives another loss.
 
     Args:
-        student: stage 1: a dense model, or one that was expanded for earlier groups; stage 2: the result of stage 1.
+        student: stage 1: a dense model, or one that was expanded for earlier groups; stage 2: the result of stage 1. Other
+            commands than `fit` take an expanded one as it is.
         stage: 1, new experts and routers on new languages, or 2, routers and classifiers on all.
         expand: stage 1: how many experts each layer gets; None: the student has been expanded for the newest group.
         similarity: stage 1: how it is measured, or a file; None: with the defaults, where `expand` needs it.
@@ -134,20 +136,24 @@ class LayerMoE(Method):
             )
 
     def configure_model(self) -> None:
-        """Load the student and bring it to its plan: that of the checkpoint which is continued, or a new one."""
+        """Load the student and bring it to its plan: that of the checkpoint which is continued, or for `fit` a new one."""
         if self.student is not None:
             return
         super().configure_model()
         model = self.student.transformer
         data = None if self._trainer is None else self.trainer.datamodule
+        trains = data is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.plan is not None:
             surgery.expand(model, self.plan, dispatch=self.dispatch)
+        elif not trains and surgery.plan_of(model) is not None:
+            self.plan = surgery.plan_of(model)  # what is evaluated is the student as it was saved
         elif self.stage == 1:
             self.plan = self._expanded(model, data)
         else:
             self.plan = self._with_classifiers(model, data)
         if data is not None:
-            check_groups(self.plan, data)
+            unknown = 0 if trains else max(len(data.groups) - len(self.plan.groups), 0)
+            check_groups(self.plan, data, unknown)
         for routed in surgery.routed_layers(model).values():
             routed.backend = self.dispatch
             if routed.classifier is not None:
@@ -177,8 +183,14 @@ class LayerMoE(Method):
         layers = allocation.classifier_layers(self.classifier_layers, plan.expert_counts, new_old)
         if layers:
             rank_zero_info(f"Classifiers in front of the routers of the layers {', '.join(map(str, layers))}")
+        if plan.classifier_layers:
+            rank_zero_warn(
+                f"The student has classifiers already, on the layers {', '.join(map(str, plan.classifier_layers))}. They are "
+                f"thrown away: a review begins with new ones, on the layers {', '.join(map(str, layers)) or '(none)'}, as "
+                f"model.classifier_layers says. To go on training it, resume its run with --ckpt_path."
+            )
         rule = (self.classifier_scope, self.classifier_threshold, self.classifier_gate)
-        return surgery.add_classifiers(model, layers, *rule)
+        return surgery.add_classifiers(model, layers, *rule, seed=run_seed(None))
 
     def _statistics(self, groups: list[int]) -> RoutingStatistics:
         counts = [self.plan.expert_counts[layer] for layer in self.plan.routed_layers]

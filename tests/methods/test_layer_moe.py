@@ -443,29 +443,3 @@ def test_stages_and_groups_that_do_not_fit_are_refused(first, tmp_path):
         fit(language_config(tmp_path / "c", 2))
     with pytest.raises(ValueError, match="no similarity to choose them by"):
         fit(language_config(tmp_path / "d", 2, source=first / "model", model={"classifier_layers": 1}))
-
-
-SWAPPED = {"new": ["hu", "tr"], "old": ["en"]}
-
-
-@pytest.mark.parametrize(
-    ("stage", "groups", "model"),
-    [
-        (2, SWAPPED, {}),
-        (2, {"old": ["en", "hu"], "new": ["tr"]}, {}),
-        (2, {"old": ["en"], "later": ["hu", "tr"]}, {}),
-        (1, SWAPPED, {"expand": None}),
-        (1, {"old": ["hu"], "new": ["en"], "later": ["tr"]}, {}),
-    ],
-    ids=["swapped", "a language moved", "renamed", "trained on", "grown"],
-)
-def test_groups_that_are_not_those_of_the_student_are_refused(first, tmp_path, stage, groups, model):
-    config = language_config(tmp_path, stage, source=first / "model", groups=groups, model=model)
-    with pytest.raises(ValueError, match=r"the student knows 2 groups: old \(en\), new \(hu tr\)"):
-        fit(config)
-
-
-def test_a_checkpoint_is_not_continued_with_other_groups(first, tmp_path):
-    config = language_config(tmp_path, 1, groups=SWAPPED)
-    with pytest.raises(ValueError, match=r"the student knows 2 groups: old \(en\), new \(hu tr\)"):
-        fit(config, "--ckpt_path", str(first / "checkpoints" / "last.ckpt"))

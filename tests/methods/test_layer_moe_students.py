@@ -1,0 +1,94 @@
+"""LayerMoE and the student it is given: groups that must be the same, and models that are evaluated, reviewed and grown again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_llm.models import surgery
+from tests.tiny_languages import language_config
+from tests.tiny_runs import fit
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Path:
+    """The run folder of a first stage."""
+    return fit(language_config(tmp_path_factory.mktemp("first"), 1, max_steps=2, val_check_interval=2)).model.run_folder
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+SWAPPED = {"new": ["hu", "tr"], "old": ["en"]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "groups", "model"),
+    [
+        (2, SWAPPED, {}),
+        (2, {"old": ["en", "hu"], "new": ["tr"]}, {}),
+        (2, {"old": ["en"], "later": ["hu", "tr"]}, {}),
+        (1, SWAPPED, {"expand": None}),
+        (1, {"old": ["hu"], "new": ["en"], "later": ["tr"]}, {}),
+    ],
+    ids=["swapped", "a language moved", "renamed", "trained on", "grown"],
+)
+def test_groups_that_are_not_those_of_the_student_are_refused(first, tmp_path, stage, groups, model):
+    config = language_config(tmp_path, stage, source=first / "model", groups=groups, model=model)
+    with pytest.raises(ValueError, match=r"the student knows 2 groups: old \(en\), new \(hu tr\)"):
+        fit(config)
+
+
+def test_a_checkpoint_is_not_continued_with_other_groups(first, tmp_path):
+    config = language_config(tmp_path, 1, groups=SWAPPED)
+    with pytest.raises(ValueError, match=r"the student knows 2 groups: old \(en\), new \(hu tr\)"):
+        fit(config, "--ckpt_path", str(first / "checkpoints" / "last.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def reviewed(first, tmp_path_factory) -> Path:
+    """The run folder of a second stage with a classifier."""
+    settings = {"classifier_layers": [2], "classifier_threshold": 0.6}
+    config = language_config(
+        tmp_path_factory.mktemp("reviewed"),
+        2,
+        source=first / "model",
+        model=settings,
+        max_steps=2,
+        val_check_interval=2,
+    )
+    return fit(config).model.run_folder
+
+
+@pytest.mark.parametrize("settings", [{}, {"classifier_layers": [0, 2]}], ids=["no classifier", "others"])
+def test_a_finished_model_is_evaluated_as_it_was_saved_whatever_the_config_would_train(reviewed, tmp_path, settings):
+    from lit_llm.training_cli import TrainingCLI
+
+    config = language_config(tmp_path, 2, source=reviewed / "model", model=settings)
+    method = TrainingCLI.run(["validate", "--config", str(config)]).model
+    saved = weights(reviewed)
+    found = method.student.transformer.state_dict()
+    assert method.plan.classifier_layers == [2] and method.plan.layers[2].classifier.threshold == 0.6
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+
+
+def test_a_second_review_says_that_it_throws_classifiers_away_and_draws_new_ones_by_the_runs_seed(reviewed, tmp_path):
+    found = []
+    for seed in (0, 1):
+        config = language_config(
+            tmp_path / str(seed), 2, source=reviewed / "model", model={"classifier_layers": [0]}, max_steps=1
+        )
+        options = (f"--seed_everything={seed}", "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
+        with pytest.warns(UserWarning, match=r"has classifiers already, on the layers 2\."):
+            model = fit(config, *options, "--model.init_args.optimization.lr=1e-9",
+                        "--model.init_args.optimization.final_lr=0").model  # fmt: skip
+        found.append(model.student.transformer.model.layers[0].mlp.classifier.weight.detach())
+    drawn = surgery.Classifier(16)
+    drawn.reset(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found[0], drawn.weight.detach())
+    assert not torch.allclose(found[0], found[1])
