@@ -193,18 +193,18 @@ class Languages(L.LightningDataModule):
         ]
         return [self._prompt(corpus, document) for corpus, document in turns[:limit]]
 
-    def documents(self, language: str, tokens: int) -> Iterator[list[int]]:
+    def documents(self, language: str, tokens: int | None = None) -> Iterator[list[int]]:
         """Documents of a language that may be trained on, without the end-of-sequence token.
 
         Args:
             language: its code.
-            tokens: ends with the document that reaches so many; or where there are no more.
+            tokens: ends with the document that reaches so many; None: where there are no more.
         """
         for number in self._training[language]:
-            if tokens <= 0:
+            if tokens is not None and tokens <= 0:
                 return
             ids = self.corpora[language].ids(int(number))[:-1]
-            tokens -= len(ids)
+            tokens = None if tokens is None else tokens - len(ids)
             yield ids
 
     def _check(self) -> None:

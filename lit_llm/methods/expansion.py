@@ -171,7 +171,7 @@ def _measured(student: LanguageModel, data: Languages, settings: Similarity, dev
     vectors, measured = measure(
         model.base_model,
         [layer.mlp for layer in surgery.decoder_layers(model)],
-        {name: data.documents(name, 2 * wanted) for name in ordered},
+        {name: data.documents(name) for name in ordered},
         groups,
         tokens_per_language=wanted,
         skipped_ids=student.tokenizer.all_special_ids if settings.skip_special_tokens else (),
@@ -207,6 +207,7 @@ def _kept(report: SimilarityReport | None, settings: Similarity | None) -> dict[
         "file": None if settings is None else settings.file,
         "seed": report.seed,
         "tokens": report.tokens_per_language,
+        "measured": {name: found.tokens for name, found in report.languages.items()},
         "similarity": report.similarity,
         "new_old": report.new_old,
     }

@@ -83,7 +83,7 @@ class ExpansionPlan:
         experts_per_token: k; layers with fewer experts use all.
         renormalise: `always` divides the weights of the chosen experts by their sum also for k = 1, where the released
             code does not.
-        similarity: of the newest expansion: file, seed and tokens of the measurement.
+        similarity: of the newest expansion: file, seed, tokens wanted and measured of each language, and what was found.
         allocation: of the newest expansion: rule and value.
         format_version: of the file.
 

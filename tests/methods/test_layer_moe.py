@@ -275,13 +275,15 @@ def test_two_processes_train_the_same_weights_as_one(first, tmp_path, stage):
 def test_experts_are_allocated_by_measured_similarity_and_the_run_says_how(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("lit_llm.methods.expansion.rank_zero_info", said.append)
-    settings = {"expand": {"new_experts": 4}, "similarity": {"tokens_per_language": 150}}
+    # of every document three tokens count, far fewer than it has
+    settings = {"expand": {"new_experts": 4}, "similarity": {"tokens_per_language": 150, "max_length": 3}}
     cli = fit(language_config(tmp_path, 1, model=settings, max_steps=2, val_check_interval=2))
     folder = cli.model.run_folder
     assert any(text.startswith("Experts per layer (new_experts 4): 4 new in 3 layers") for text in said)
     report = SimilarityReport.read(folder / "similarity.json")
     assert list(report.pairs) == ["hu-tr", "hu-en", "tr-en"] and report.languages["en"].tokens == 150
     plan = cli.model.plan
+    assert plan.similarity["measured"] == {"hu": 150, "tr": 150, "en": 150}
     assert sum(plan.expert_counts) == 7 and plan.similarity["new_old"] == report.new_old
     assert [group.languages for group in plan.groups] == [["en"], ["hu", "tr"]]
     written = json.loads((folder / "expansion.json").read_text())
