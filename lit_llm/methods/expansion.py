@@ -54,7 +54,7 @@ def plan_expansion(
         report = _similarity(student, data, similarity or Similarity(), strategy)
         _fits(report, model)
     found = allocate(expand, len(surgery.decoder_layers(model)), report)
-    _tell(folder, expand, found, report)
+    _tell(folder, expand, found, report, None if current is None else current.expert_counts)
     if current is None:
         first = data.group_names[0]
         current = surgery.dense_plan(model, first, list(data.groups[first]), expand.experts_per_token)
@@ -107,8 +107,18 @@ def allocate(expand: Expand, layers: int, report: SimilarityReport | None) -> Al
     """Experts per layer by the rule that is set.
 
     Raises:
-        ValueError: the rule cannot be applied.
+        ValueError: the rule cannot be applied, or adds nothing.
     """
+    found = _by_rule(expand, layers, report)
+    if not any(found.new):
+        raise ValueError(
+            f"expand.{found.rule} is {found.value}, which comes to 1 expert in every layer, the original MLP, so nothing "
+            f"would be added. Raise it."
+        )
+    return found
+
+
+def _by_rule(expand: Expand, layers: int, report: SimilarityReport | None) -> Allocation:
     if expand.experts is not None:
         return allocation.listed(expand.experts, layers)
     if expand.uniform is not None:
@@ -214,14 +224,16 @@ def _kept(report: SimilarityReport | None, settings: Similarity | None) -> dict[
 
 
 @rank_zero_only
-def _tell(folder: Path, expand: Expand, found: Allocation, report: SimilarityReport | None) -> None:
+def _tell(
+    folder: Path, expand: Expand, found: Allocation, report: SimilarityReport | None, before: list[int] | None
+) -> None:
     arguments: dict[str, Any] = {"expand": expand.overlay(found.experts)}
     if report is not None:
         rank_zero_info(report.text())
         report.write(folder / "similarity.json")
         # classifier layers of stage 2 are chosen by it; the whole path, so that it is found from any folder
         arguments["similarity"] = {"file": str((folder / "similarity.json").resolve())}
-    rank_zero_info(found.text())
+    rank_zero_info(found.text(before))
     overlay = {"model": {"init_args": arguments}}
     head = "# The experts per layer of this run as a list. After its config, it repeats the run without measuring.\n"
     write_atomically(folder / "allocation.yaml", head + yaml.safe_dump(overlay, sort_keys=False))

@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_llm.evaluation.language_similarity import SimilarityReport
+from lit_llm.methods.expansion import allocate
+from lit_llm.methods.layer_moe_settings import Expand
 from lit_llm.models import surgery
 from tests.tiny_languages import language_config
 from tests.tiny_runs import fit
@@ -92,3 +95,12 @@ def test_a_second_review_says_that_it_throws_classifiers_away_and_draws_new_ones
     drawn.reset(torch.Generator().manual_seed(0))
     torch.testing.assert_close(found[0], drawn.weight.detach())
     assert not torch.allclose(found[0], found[1])
+
+
+def test_an_expansion_that_adds_nothing_is_refused_whatever_the_rule():
+    report = SimilarityReport({}, None, [0.5, 0.5], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"expand\.delta is 1\.5, which comes to 1 expert in every layer"):
+        allocate(Expand(delta=1.5), 2, report)
+    with pytest.raises(ValueError, match=r"expand\.experts is 1 everywhere"):
+        allocate(Expand(experts=[1, 1]), 2, None)
+    assert allocate(Expand(delta=2.5), 2, report).new == [1, 1]
