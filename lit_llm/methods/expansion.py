@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lit_llm.data.languages import Languages
@@ -52,7 +52,7 @@ def plan_expansion(
     report = None
     if similarity is not None or expand.by_similarity:
         report = _similarity(student, data, similarity or Similarity(), strategy)
-        _fits(report, model)
+        _fits(report, model, data)
     found = allocate(expand, len(surgery.decoder_layers(model)), report)
     _tell(folder, expand, found, report, None if current is None else current.expert_counts)
     if current is None:
@@ -200,12 +200,26 @@ def _measured(student: LanguageModel, data: Languages, settings: Similarity, dev
     )
 
 
-def _fits(report: SimilarityReport, model: nn.Module) -> None:
+def _fits(report: SimilarityReport, model: nn.Module, data: Languages) -> None:
+    """Whether a report, perhaps from a file, is of this model and these languages; what it does not name is not asked."""
     layers = len(surgery.decoder_layers(model))
     if len(report.similarity) != layers:
         raise ValueError(
             f"The similarity report has {len(report.similarity)} layers, but the student has {layers}: it is of another model "
             f"({report.model or 'unnamed'}). Measure this one."
+        )
+    measured = {group: [n for n, of in report.languages.items() if of.group == group] for group in ("new", "old")}
+    wanted = {"new": data.newest, "old": [name for name in data.languages if name not in data.newest]}
+    for group in ("new", "old") if report.languages else ():
+        if set(measured[group]) != set(wanted[group]):
+            raise ValueError(
+                f"The similarity report has the {group} languages {', '.join(measured[group]) or '(none)'}, but those of "
+                f"data.groups are {', '.join(wanted[group])}. Measure these, or correct similarity.file."
+            )
+    if report.model and report.model != model.name_or_path:
+        rank_zero_warn(
+            f"The similarity report is of {report.model}, but the student is {model.name_or_path}. If they are not the same "
+            f"model, leave similarity.file out: then it is measured."
         )
 
 

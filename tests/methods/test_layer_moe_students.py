@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_llm.evaluation.language_similarity import SimilarityReport
+from lit_llm.evaluation.language_similarity import MeasuredLanguage, SimilarityReport
 from lit_llm.methods.expansion import allocate
 from lit_llm.methods.layer_moe_settings import Expand
 from lit_llm.models import surgery
@@ -104,3 +104,21 @@ def test_an_expansion_that_adds_nothing_is_refused_whatever_the_rule():
     with pytest.raises(ValueError, match=r"expand\.experts is 1 everywhere"):
         allocate(Expand(experts=[1, 1]), 2, None)
     assert allocate(Expand(delta=2.5), 2, report).new == [1, 1]
+
+
+def similarity_file(folder: Path, old: list[str], new: list[str], model: str = "") -> dict[str, str]:
+    """Settings that read a made-up report of three layers."""
+    named = {"old": old, "new": new}
+    found = {name: MeasuredLanguage(group, 9, 1, 0, "") for group, names in named.items() for name in names}
+    SimilarityReport({}, None, [0.5] * 3, [0.5] * 3, found, model).write(folder / "report.json")
+    return {"file": str(folder / "report.json")}
+
+
+def test_a_similarity_file_of_other_languages_is_refused_and_one_of_another_model_is_told(tmp_path):
+    settings = {"expand": {"new_experts": 2}, "similarity": similarity_file(tmp_path, ["en", "tr"], ["hu"])}
+    with pytest.raises(ValueError, match="has the new languages hu, but those of data.groups are hu, tr"):
+        fit(language_config(tmp_path / "a", 1, model=settings))
+    settings["similarity"] = similarity_file(tmp_path, ["en"], ["tr", "hu"], "another/model")
+    config = language_config(tmp_path / "b", 1, model=settings, max_steps=1)
+    with pytest.warns(UserWarning, match="The similarity report is of another/model, but the student is"):
+        fit(config, "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
