@@ -26,16 +26,21 @@ class RoutedLayer(NamedTuple):
         logits_ME: router logits.
         classifier_M2: classifier logits, class 0 the original languages; None without a classifier.
         bypass_M: positions sent to expert 0 past the router; None without a classifier.
+        threshold: of the classifier's probability of an original language, see `experts.Classifier`.
     """
 
     logits_ME: Tensor
     classifier_M2: Tensor | None = None
     bypass_M: Tensor | None = None
+    threshold: float = 0.5
 
 
 @dataclass  # not frozen: torchmetrics refuses to hand out frozen ones
 class RoutingSummary:
     """Routing over a window, over all languages that were counted; NaN where nothing was.
+
+    Slots are those that experts computed: a bypassed token has one, of expert 0. Top-1, probabilities and the router's entropy
+    are the router's own, also of tokens that were sent past it.
 
     Attributes:
         layers: name -> a number for each routed layer:
@@ -65,8 +70,8 @@ class RoutingSummary:
     def scalars(self) -> dict[str, float]:
         """For a log: the mean over layers, and the worst layer of what has one.
 
-        Layers where every token uses every expert (N <= k) cannot be out of balance and are left out of the balance's
-        quantities. What no layer has a value of is left out.
+        Layers whose router has no choice (N <= k) are left out of the balance's quantities: without bypasses every expert
+        has every token. What no layer has a value of is left out.
         """
         found: dict[str, float] = {}
         for name, values in self.layers.items():
@@ -145,11 +150,15 @@ class RoutingStatistics(Metric):
         log_p_ME = routed.logits_ME.to(torch.float64).log_softmax(-1)
         p_ME, size = log_p_ME.exp(), log_p_ME.shape[1]
         chosen_Mk = p_ME.topk(min(self.experts_per_token, size), dim=-1).indices
-        self.slots_LAN[layer, :, :size] += of_AM @ torch.zeros_like(p_ME).scatter_(1, chosen_Mk, 1.0)
+        slots_ME = torch.zeros_like(p_ME).scatter_(1, chosen_Mk, 1.0)
+        if routed.bypass_M is not None:
+            only_first_E = torch.arange(size, device=p_ME.device) == 0
+            slots_ME = torch.where(routed.bypass_M[:, None], only_first_E.to(slots_ME.dtype), slots_ME)
+        self.slots_LAN[layer, :, :size] += of_AM @ slots_ME
         self.prob_LAN[layer, :, :size] += of_AM @ p_ME
         columns = [chosen_Mk[:, 0] == 0, -(p_ME * log_p_ME).sum(-1)]
         if routed.classifier_M2 is not None:
-            says_new_M = routed.classifier_M2.argmax(-1) == 1
+            says_new_M = routed.classifier_M2.softmax(-1)[:, 0] <= routed.threshold  # as the classifier decides
             columns += [says_new_M == is_new_M, routed.bypass_M, torch.ones_like(is_new_M)]
         sums_MC = torch.stack([column.to(torch.float64) for column in columns], -1)
         self.sums_LA5[layer, :, : len(columns)] += of_AM @ sums_MC

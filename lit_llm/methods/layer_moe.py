@@ -32,7 +32,7 @@ from lit_llm.methods.expansion import check_groups, plan_expansion, write_expans
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.dispatch import Dispatch
-from lit_llm.models.expansion_plan import ExpansionPlan
+from lit_llm.models.expansion_plan import ClassifierPlan, ExpansionPlan
 from lit_llm.models.experts import Gate, Routing, Scope, collect_routing
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.seeds import run_seed
@@ -290,11 +290,11 @@ class LayerMoE(Method):
     def _count(self, into: RoutingStatistics, batch: LanguageBatch, records: dict[int, Routing]) -> None:
         rows, length = batch.language_BL.shape
         layers = []
-        for record in records.values():
-            logits = record.classifier_logits
-            if logits is not None and self.classifier_scope == "sequence_sum":
+        for layer, record in records.items():
+            logits, rule = record.classifier_logits, self.plan.layers[layer].classifier or ClassifierPlan()
+            if logits is not None and rule.scope == "sequence_sum":
                 logits = logits.repeat_interleave(length, 0, output_size=rows * length)
-            layers.append(RoutedLayer(record.router_logits_MN, logits, record.bypass_M))
+            layers.append(RoutedLayer(record.router_logits_MN, logits, record.bypass_M, rule.threshold))
         into.update(layers, batch.language_BL.flatten(), (batch.language_BL >= 0).flatten())
 
     def _log_window(self) -> None:

@@ -56,7 +56,8 @@ def test_a_checkpoint_is_not_continued_with_other_groups(first, tmp_path):
 @pytest.fixture(scope="module")
 def reviewed(first, tmp_path_factory) -> Path:
     """The run folder of a second stage with a classifier."""
-    settings = {"classifier_layers": [2], "classifier_threshold": 0.6}
+    settings = {"classifier_layers": [2], "classifier_threshold": 0.6, "classifier_scope": "sequence_sum"}
+    settings["generation"] = {"prompts": 0, "test_prompts": 0}
     config = language_config(
         tmp_path_factory.mktemp("reviewed"),
         2,
@@ -72,7 +73,7 @@ def reviewed(first, tmp_path_factory) -> Path:
 def test_a_finished_model_is_evaluated_as_it_was_saved_whatever_the_config_would_train(reviewed, tmp_path, settings):
     from lit_llm.training_cli import TrainingCLI
 
-    config = language_config(tmp_path, 2, source=reviewed / "model", model=settings)
+    config = language_config(tmp_path, 2, source=reviewed / "model", model={**settings, "generation": {"prompts": 0}})
     method = TrainingCLI.run(["validate", "--config", str(config)]).model
     saved = weights(reviewed)
     found = method.student.transformer.state_dict()
