@@ -66,6 +66,27 @@ def load_balance(
     return RoutingLoss(torch.stack(values).mean(), tokens)
 
 
+def balance_per_slot(balance: RoutingLoss, experts: Sequence[int], experts_per_token: int) -> RoutingLoss | None:
+    """`load_balance` as it compares between models: divided by k, and without layers where N <= k, so that 1 is balanced.
+
+    Such layers add the constant N per token to the loss, so nothing is computed again.
+
+    Args:
+        balance: what `load_balance` gave.
+        experts: N of each of its layers.
+        experts_per_token: k.
+
+    Returns:
+        None where no layer has N > k.
+    """
+    constant = [size for size in experts if size <= experts_per_token]
+    rest = len(experts) - len(constant)
+    if rest == 0:
+        return None
+    total = len(experts) * balance.loss.detach() - sum(constant) * balance.tokens
+    return RoutingLoss(total / (rest * experts_per_token), balance.tokens)
+
+
 def expert_load(logits_MN: Tensor, experts_per_token: int, mask_M: Tensor) -> Tensor:
     """(N,) the share of the tokens that chose each expert, in any of their slots; sums to min(k, N), or is 0 without any."""
     count = mask_M.sum()

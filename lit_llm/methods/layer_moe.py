@@ -19,6 +19,7 @@ from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
 from lit_llm.losses.routing import (
     PriorForm,
     RoutingLoss,
+    balance_per_slot,
     classifier_loss,
     expert_slots,
     group_prior,
@@ -210,6 +211,8 @@ class LayerMoE(Method):
             weighted = self.coefficients[name] * term.loss * self.step_weight(batch, counts[name])
             loss = loss + weighted
             self.log_step({name: term.loss}, term.tokens)
+        if "balance" in terms:
+            self._log_balance(terms["balance"])
         self.log("train/loss", loss.detach(), batch_size=1)
         self._log_languages(batch, nll_T.detach())
         self._log_window()
@@ -304,6 +307,13 @@ class LayerMoE(Method):
             for name, value in self._window.compute().scalars().items():
                 self.log(f"train/routing/{name}", value, batch_size=1)
             self._window.reset()
+
+    def _log_balance(self, balance: RoutingLoss) -> None:
+        """The balance as the paper has it; the term of the objective grows with k and with layers that have no choice."""
+        counts = [self.plan.expert_counts[layer] for layer in self.plan.routed_layers]
+        per_slot = balance_per_slot(balance, counts, self.plan.experts_per_token)
+        if per_slot is not None:
+            self.log_step({"balance_per_slot": per_slot.loss}, per_slot.tokens)
 
     def _log_languages(self, batch: LanguageBatch, nll_T: Tensor) -> None:
         """The loss of old and of new languages apart, where a stage trains on both."""

@@ -283,6 +283,7 @@ def test_experts_are_allocated_by_measured_similarity_and_the_run_says_how(tmp_p
     report = SimilarityReport.read(folder / "similarity.json")
     assert list(report.pairs) == ["hu-tr", "hu-en", "tr-en"] and report.languages["en"].tokens == 150
     plan = cli.model.plan
+    assert cli.trainer.callback_metrics["train/balance_per_slot"] >= 0.5
     assert plan.similarity["measured"] == {"hu": 150, "tr": 150, "en": 150}
     assert sum(plan.expert_counts) == 7 and plan.similarity["new_old"] == report.new_old
     assert [group.languages for group in plan.groups] == [["en"], ["hu", "tr"]]
