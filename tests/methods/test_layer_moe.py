@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -251,25 +249,6 @@ def test_splitting_a_batch_does_not_change_the_weights(first, tmp_path, stage):
     whole = trained(8, 1)
     for batch_size, accumulate in ((4, 2), (1, 8)):
         assert gap(trained(batch_size, accumulate), whole) < 1e-6
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_processes_train_the_same_weights_as_one(first, tmp_path, stage):
-    """A row has one language, and ranks have other rows, so loads are unequal; experts that nobody chose take part."""
-    more = {"source": first / "model", "model": {"classifier_layers": [2]}} if stage == 2 else {}
-    more = more or {"model": {"expand": {"experts": [6, 1, 2]}, "balance_over": "ranks"}}
-    data = {"row_length": 8}
-    one = language_config(tmp_path / "one", stage, **more, data=data, max_steps=3)
-    ours = trained_state(one, "--data.init_args.batch_size=4")
-    two = language_config(tmp_path / "two", stage, **more, data=data, max_steps=3)
-    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(two), *SPLIT, "--data.init_args.batch_size=2"]
-    done = subprocess.run(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    last = tmp_path / "two" / "runs" / f"stage{stage}" / "version_0" / "checkpoints" / "last.ckpt"
-    assert gap(torch.load(last, weights_only=True)["state_dict"], ours) < 1e-6
 
 
 def test_experts_are_allocated_by_measured_similarity_and_the_run_says_how(tmp_path, monkeypatch):
