@@ -82,7 +82,7 @@ class LayerMoE(Method):
         classifier_threshold: stage 2: of the probability of an original language above which expert 0 works alone.
         dispatch: how rows are multiplied by their experts: `grouped` products, a `loop`, or what fits (`auto`).
         routing_window: optimizer steps over which routing is counted before it is logged.
-        optimization: optimizer and schedule.
+        optimization: optimizer and schedule; as released, 5e-5 without weight decay.
         generation: continuations generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
@@ -108,7 +108,7 @@ class LayerMoE(Method):
         classifier_threshold: float = 0.5,
         dispatch: Dispatch = "auto",
         routing_window: int = 20,
-        optimization: Optimization = Optimization(),
+        optimization: Optimization = Optimization(lr=5e-5, weight_decay=0.0),
         generation: Generation = Generation(prompts=0, test_prompts=0),
         loss_chunk: Optional[int] = None,
     ) -> None:

@@ -123,3 +123,20 @@ def test_a_similarity_file_of_other_languages_is_refused_and_one_of_another_mode
     config = language_config(tmp_path / "b", 1, model=settings, max_steps=1)
     with pytest.warns(UserWarning, match="The similarity report is of another/model, but the student is"):
         fit(config, "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
+
+
+@pytest.mark.parametrize(("stage", "warned"), [(1, True), (2, False)], ids=["experts", "routers, which stay float32"])
+def test_weights_whose_small_steps_would_round_to_nothing_are_told(first, tmp_path, recwarn, stage, warned):
+    config = language_config(tmp_path, stage, source=first / "model" if stage == 2 else None, max_steps=1)
+    options = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null", "--trainer.precision=bf16-true")
+    fit(config, *options)
+    told = [str(warning.message) for warning in recwarn if "round to nothing" in str(warning.message)]
+    assert len(told) == warned and all("torch.bfloat16 and the learning rate is 0.01" in text for text in told)
+
+
+def test_the_optimizer_is_that_of_the_released_recipe_where_a_config_says_nothing():
+    from lit_llm.methods.layer_moe import LayerMoE
+    from lit_llm.models.language_model import ModelSpec
+
+    optimization = LayerMoE(ModelSpec(source="x")).optimization
+    assert (optimization.lr, optimization.weight_decay, optimization.schedule) == (5e-5, 0.0, "cosine")
