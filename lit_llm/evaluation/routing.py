@@ -102,6 +102,7 @@ class RoutingStatistics(Metric):
     prob_LAN: Tensor
     sums_LA5: Tensor
     tokens_A: Tensor
+    is_new_A: Tensor
 
     def __init__(self, experts: Sequence[int], experts_per_token: int, groups: Sequence[int]) -> None:
         super().__init__()
@@ -115,6 +116,8 @@ class RoutingStatistics(Metric):
         }
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        # kept on the device: a copy at every step would wait for it
+        self.register_buffer("is_new_A", torch.tensor([group > 0 for group in self.groups]), persistent=False)
 
     def _apply(self, fn, *arguments) -> RoutingStatistics:
         """Follow devices, but stay float64: a method in bfloat16 would stop counting at 256."""
@@ -141,7 +144,7 @@ class RoutingStatistics(Metric):
             raise ValueError(f"There are {len(self.experts)} routed layers, but routing of {len(layers)} was given.")
         language_M = language_M.clamp(0, len(self.groups) - 1)
         of_AM = torch.nn.functional.one_hot(language_M, len(self.groups)).T.to(torch.float64) * mask_M.to(torch.float64)
-        is_new_M = torch.tensor([group > 0 for group in self.groups], device=language_M.device)[language_M]
+        is_new_M = self.is_new_A[language_M]
         self.tokens_A += of_AM.sum(1)
         for layer, routed in enumerate(layers):
             self._add(layer, routed, of_AM, is_new_M)

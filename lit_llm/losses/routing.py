@@ -158,7 +158,9 @@ def group_prior(
     values = []
     for logits_MN, bound_G in zip(logits, bound_of, strict=True):
         scores_MN = at_least_float32(logits_MN)
-        bound_M = torch.tensor(list(bound_G), device=group_M.device)[group_M.clamp(0, newest)]
+        bound_M = torch.full_like(group_M, bound_G[newest])
+        for group, bound in enumerate(bound_G[:newest]):  # numbers, for a tensor of them would be copied to the device
+            bound_M = torch.where(group_M.clamp(min=0) == group, bound, bound_M)
         later_MN = torch.arange(scores_MN.shape[1], device=group_M.device) >= bound_M[:, None]
         allowed_M = scores_MN.masked_fill(later_MN, -torch.inf).logsumexp(-1)
         values.append(_masked_sum(scores_MN.logsumexp(-1) - allowed_M, older_M))

@@ -238,7 +238,7 @@ class LayerMoE(Method):
 
         stage 1:  L_LM + alpha L_balance                        stage 2:  L_LM + gamma L_LPR + beta L_classifier
         """
-        terms = {"lm": RoutingLoss(nll_T.sum(), torch.tensor(len(nll_T), device=nll_T.device))}
+        terms = {"lm": RoutingLoss(nll_T.sum(), torch.full((), len(nll_T), device=nll_T.device))}
         logits = [record.router_logits_MN for record in records.values()]
         real_M, group_M = (batch.language_BL >= 0).flatten(), batch.group_BL.flatten()
         if self.stage == 1:
@@ -318,8 +318,7 @@ class LayerMoE(Method):
     def _log_languages(self, batch: LanguageBatch, nll_T: Tensor) -> None:
         """The loss of old and of new languages apart, where a stage trains on both."""
         if self.stage == 2:
-            groups = torch.tensor(self.trainer.datamodule.group_of, device=nll_T.device)
-            old_T = groups[batch.language_T] == 0
+            old_T = ~self._window.is_new_A[batch.language_T]
             for name, kept_T in (("lm_old", old_T), ("lm_new", ~old_T)):
                 self.log_step({name: torch.where(kept_T, nll_T, 0.0).sum()}, kept_T.sum())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
+from lit_llm.losses.routing import group_prior
 from tests.reference.layer_moe_losses import routing_metrics
 
 M, SIZES, K = 24, (4, 2, 3), 2
@@ -125,6 +126,18 @@ def test_an_expert_without_a_token_is_dead_and_an_empty_window_is_not_a_crash():
     assert counts.compute().layers["dead_experts"] == [2.0]
     counts.reset()
     assert "old_prob_expert0" not in counts.compute().scalars()
+
+
+def test_no_step_copies_a_list_to_the_device(monkeypatch):
+    logits, language_M, mask_M = routing()
+    counts, bounds = statistics(), [[1, 4], [1, 2], [1, 3]]
+
+    def copied(*arguments, **keywords):
+        raise AssertionError("torch.tensor of a list waits for the device")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    counts.update([RoutedLayer(z) for z in logits], language_M, mask_M)
+    group_prior(logits, bounds, language_M.clamp(max=1), mask_M)
 
 
 def test_another_number_of_layers_is_refused():
