@@ -48,7 +48,8 @@ class Expand:
         experts: of each layer, expert 0 counted: 1 adds none to a layer.
         min_experts: of every layer, for `new_experts` and `delta`.
         experts_per_token: k, slots of a token; decided once, when a dense model is expanded.
-        router_init: when a layer grows again: all rows `fresh`, as released, or `keep` those of older experts.
+        router_init: when a layer grows again: all rows `fresh`, as released, or `keep` those of older experts. A layer that
+            gets none keeps its router either way.
         seed: of new routers; `seed_everything` where it is left out.
     """
 

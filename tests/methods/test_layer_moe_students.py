@@ -13,6 +13,7 @@ from lit_llm.evaluation.language_similarity import MeasuredLanguage, SimilarityR
 from lit_llm.methods.expansion import allocate
 from lit_llm.methods.layer_moe_settings import Expand
 from lit_llm.models import surgery
+from lit_llm.models.expansion_plan import ExpansionPlan
 from tests.tiny_languages import language_config
 from tests.tiny_runs import fit
 
@@ -140,3 +141,12 @@ def test_the_optimizer_is_that_of_the_released_recipe_where_a_config_says_nothin
 
     optimization = LayerMoE(ModelSpec(source="x")).optimization
     assert (optimization.lr, optimization.weight_decay, optimization.schedule) == (5e-5, 0.0, "cosine")
+
+
+def test_plans_that_cannot_be_read_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="format_version 9, .* reads 1. Read it with the version that wrote it"):
+        ExpansionPlan.from_dict({"format_version": 9})
+    with pytest.raises(ValueError, match="no plan of an expanded model .* Take the file that a run left"):
+        ExpansionPlan.from_dict({"format_version": 1})
+    with pytest.raises(FileNotFoundError, match="holds no layer_moe.json, .* Name a folder that"):
+        ExpansionPlan.load(tmp_path)
