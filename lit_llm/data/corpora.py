@@ -1,8 +1,8 @@
 """Monolingual corpora: from files, hubs and packaged text to the tokens of documents, in an order given by their content.
 
 Documents are tokenised without special tokens and end with the end-of-sequence token (arXiv 2408.11396, its code). The order
-is that of a hash of the text, so what is held out does not depend on the rest of the corpus, on other languages, on the
-order of training, or on the stage.
+is that of a hash of the text, and a share from its beginning is held out: the same on other languages, orders of training and
+stages. How many documents there are, or `limit`, decides where that share ends.
 """
 
 from __future__ import annotations

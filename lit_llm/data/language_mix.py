@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
 
-RELEASED_OLD_SHARE = 1 / 3  # 50,000 documents of each original language beside 100,000 of each new one
+# 50,000 documents of each original language beside 100,000 of each new one: a third where there are equally many languages
+RELEASED_OLD_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)

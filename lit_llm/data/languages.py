@@ -28,8 +28,8 @@ _PROMPT_TOKENS, _REFERENCE_TOKENS = 24, 64
 class Languages(L.LightningDataModule):
     """Monolingual corpora of several languages, packed into rows, for continual pre-training and for adding languages.
 
-    Every language is validated on in both stages. What is held out of a corpus, and the order in which its documents are
-    trained on, depend on their text and `split_seed` alone; stage 2 begins at the other end of that order, so that its text
+    Every language is validated on in both stages. The order of a corpus's documents depends on their text and `split_seed`
+    alone; its first `validation_share` is held out, the rest is trained on in that order. Stage 2 begins at the other end of that order, so that its text
     is another than that of stage 1 where there is enough.
 
     Args:
@@ -44,7 +44,8 @@ class Languages(L.LightningDataModule):
             group has, and what `old_share` adds.
         temperature: languages of a group have shares in proportion to their size to the power of 1 / temperature: 1 by
             size, large evenly.
-        old_share: share of the tokens of stage 2 that is text of older groups. None: a third, as released.
+        old_share: share of the tokens of stage 2 that is text of older groups. None: a third, as released where old and new
+            languages are equally many.
         repeat: whether a language may go through its text again to fill its share, in another order.
         validation: language -> source of text that is evaluated on. For others documents are held out of their corpus.
         validation_share: share of the documents of a corpus that is held out.
@@ -193,18 +194,18 @@ class Languages(L.LightningDataModule):
         ]
         return [self._prompt(corpus, document) for corpus, document in turns[:limit]]
 
-    def documents(self, language: str, tokens: int) -> Iterator[list[int]]:
+    def documents(self, language: str, tokens: int | None = None) -> Iterator[list[int]]:
         """Documents of a language that may be trained on, without the end-of-sequence token.
 
         Args:
             language: its code.
-            tokens: ends with the document that reaches so many; or where there are no more.
+            tokens: ends with the document that reaches so many; None: where there are no more.
         """
         for number in self._training[language]:
-            if tokens <= 0:
+            if tokens is not None and tokens <= 0:
                 return
             ids = self.corpora[language].ids(int(number))[:-1]
-            tokens -= len(ids)
+            tokens = None if tokens is None else tokens - len(ids)
             yield ids
 
     def _check(self) -> None:

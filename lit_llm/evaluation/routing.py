@@ -26,16 +26,21 @@ class RoutedLayer(NamedTuple):
         logits_ME: router logits.
         classifier_M2: classifier logits, class 0 the original languages; None without a classifier.
         bypass_M: positions sent to expert 0 past the router; None without a classifier.
+        threshold: of the classifier's probability of an original language, see `experts.Classifier`.
     """
 
     logits_ME: Tensor
     classifier_M2: Tensor | None = None
     bypass_M: Tensor | None = None
+    threshold: float = 0.5
 
 
 @dataclass  # not frozen: torchmetrics refuses to hand out frozen ones
 class RoutingSummary:
     """Routing over a window, over all languages that were counted; NaN where nothing was.
+
+    Slots are those that experts computed: a bypassed token has one, of expert 0. Top-1, probabilities and the router's entropy
+    are the router's own, also of tokens that were sent past it.
 
     Attributes:
         layers: name -> a number for each routed layer:
@@ -65,8 +70,8 @@ class RoutingSummary:
     def scalars(self) -> dict[str, float]:
         """For a log: the mean over layers, and the worst layer of what has one.
 
-        Layers where every token uses every expert (N <= k) cannot be out of balance and are left out of the balance's
-        quantities. What no layer has a value of is left out.
+        Layers whose router has no choice (N <= k) are left out of the balance's quantities: without bypasses every expert
+        has every token. What no layer has a value of is left out.
         """
         found: dict[str, float] = {}
         for name, values in self.layers.items():
@@ -97,6 +102,7 @@ class RoutingStatistics(Metric):
     prob_LAN: Tensor
     sums_LA5: Tensor
     tokens_A: Tensor
+    is_new_A: Tensor
 
     def __init__(self, experts: Sequence[int], experts_per_token: int, groups: Sequence[int]) -> None:
         super().__init__()
@@ -110,6 +116,8 @@ class RoutingStatistics(Metric):
         }
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        # kept on the device: a copy at every step would wait for it
+        self.register_buffer("is_new_A", torch.tensor([group > 0 for group in self.groups]), persistent=False)
 
     def _apply(self, fn, *arguments) -> RoutingStatistics:
         """Follow devices, but stay float64: a method in bfloat16 would stop counting at 256."""
@@ -136,7 +144,7 @@ class RoutingStatistics(Metric):
             raise ValueError(f"There are {len(self.experts)} routed layers, but routing of {len(layers)} was given.")
         language_M = language_M.clamp(0, len(self.groups) - 1)
         of_AM = torch.nn.functional.one_hot(language_M, len(self.groups)).T.to(torch.float64) * mask_M.to(torch.float64)
-        is_new_M = torch.tensor([group > 0 for group in self.groups], device=language_M.device)[language_M]
+        is_new_M = self.is_new_A[language_M]
         self.tokens_A += of_AM.sum(1)
         for layer, routed in enumerate(layers):
             self._add(layer, routed, of_AM, is_new_M)
@@ -145,11 +153,15 @@ class RoutingStatistics(Metric):
         log_p_ME = routed.logits_ME.to(torch.float64).log_softmax(-1)
         p_ME, size = log_p_ME.exp(), log_p_ME.shape[1]
         chosen_Mk = p_ME.topk(min(self.experts_per_token, size), dim=-1).indices
-        self.slots_LAN[layer, :, :size] += of_AM @ torch.zeros_like(p_ME).scatter_(1, chosen_Mk, 1.0)
+        slots_ME = torch.zeros_like(p_ME).scatter_(1, chosen_Mk, 1.0)
+        if routed.bypass_M is not None:
+            only_first_E = torch.arange(size, device=p_ME.device) == 0
+            slots_ME = torch.where(routed.bypass_M[:, None], only_first_E.to(slots_ME.dtype), slots_ME)
+        self.slots_LAN[layer, :, :size] += of_AM @ slots_ME
         self.prob_LAN[layer, :, :size] += of_AM @ p_ME
         columns = [chosen_Mk[:, 0] == 0, -(p_ME * log_p_ME).sum(-1)]
         if routed.classifier_M2 is not None:
-            says_new_M = routed.classifier_M2.argmax(-1) == 1
+            says_new_M = routed.classifier_M2.softmax(-1)[:, 0] <= routed.threshold  # as the classifier decides
             columns += [says_new_M == is_new_M, routed.bypass_M, torch.ones_like(is_new_M)]
         sums_MC = torch.stack([column.to(torch.float64) for column in columns], -1)
         self.sums_LA5[layer, :, : len(columns)] += of_AM @ sums_MC

@@ -66,6 +66,27 @@ def load_balance(
     return RoutingLoss(torch.stack(values).mean(), tokens)
 
 
+def balance_per_slot(balance: RoutingLoss, experts: Sequence[int], experts_per_token: int) -> RoutingLoss | None:
+    """`load_balance` as it compares between models: divided by k, and without layers where N <= k, so that 1 is balanced.
+
+    Such layers add the constant N per token to the loss, so nothing is computed again.
+
+    Args:
+        balance: what `load_balance` gave.
+        experts: N of each of its layers.
+        experts_per_token: k.
+
+    Returns:
+        None where no layer has N > k.
+    """
+    constant = [size for size in experts if size <= experts_per_token]
+    rest = len(experts) - len(constant)
+    if rest == 0:
+        return None
+    total = len(experts) * balance.loss.detach() - sum(constant) * balance.tokens
+    return RoutingLoss(total / (rest * experts_per_token), balance.tokens)
+
+
 def expert_load(logits_MN: Tensor, experts_per_token: int, mask_M: Tensor) -> Tensor:
     """(N,) the share of the tokens that chose each expert, in any of their slots; sums to min(k, N), or is 0 without any."""
     count = mask_M.sum()
@@ -137,7 +158,9 @@ def group_prior(
     values = []
     for logits_MN, bound_G in zip(logits, bound_of, strict=True):
         scores_MN = at_least_float32(logits_MN)
-        bound_M = torch.tensor(list(bound_G), device=group_M.device)[group_M.clamp(0, newest)]
+        bound_M = torch.full_like(group_M, bound_G[newest])
+        for group, bound in enumerate(bound_G[:newest]):  # numbers, for a tensor of them would be copied to the device
+            bound_M = torch.where(group_M.clamp(min=0) == group, bound, bound_M)
         later_MN = torch.arange(scores_MN.shape[1], device=group_M.device) >= bound_M[:, None]
         allowed_M = scores_MN.masked_fill(later_MN, -torch.inf).logsumexp(-1)
         values.append(_masked_sum(scores_MN.logsumexp(-1) - allowed_M, older_M))

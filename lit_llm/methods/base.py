@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional
 import numpy
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_llm.data.batch import DistillationBatch, LanguageBatch
@@ -183,6 +184,7 @@ class Method(Answering):
 
     def configure_optimizers(self):
         settings = self.optimization
+        self._tell_narrow_weights()
         optimizer = torch.optim.AdamW(
             [group for group in self.parameter_groups() if group["params"]],
             lr=settings.lr,
@@ -198,6 +200,16 @@ class Method(Answering):
         ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _tell_narrow_weights(self) -> None:
+        """Say it where small steps will round to nothing: weights of 2 bytes, of which nobody keeps a float32 copy."""
+        narrow = {p.dtype for p in self.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+        if narrow and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            rank_zero_warn(
+                f"The trained weights are {', '.join(sorted(map(str, narrow)))} and the learning rate is {self.optimization.lr:g}: "
+                f"steps below about 1/256 of a weight round to nothing. Set model.student.dtype: float32 with "
+                f"trainer.precision: bf16-mixed, or train with ZeroStrategy, which keeps a float32 copy."
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices with weight decay, vectors (biases, norms) without."""

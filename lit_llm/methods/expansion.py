@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import nn
 
 from lit_llm.data.languages import Languages
@@ -16,7 +16,7 @@ from lit_llm.evaluation.language_similarity import MeasuredLanguage, SimilarityR
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.allocation import Allocation
-from lit_llm.models.expansion_plan import ExpansionPlan
+from lit_llm.models.expansion_plan import ExpansionPlan, LanguageGroup
 from lit_llm.models.language_model import LanguageModel
 from lit_llm.models.sharding import whole_numel
 from lit_llm.storage import write_atomically
@@ -48,18 +48,13 @@ def plan_expansion(
     """
     model = student.transformer
     current = surgery.plan_of(model)
-    known = 1 if current is None else len(current.groups)
-    if len(data.groups) != known + 1:
-        raise ValueError(
-            f"data.groups has {len(data.groups)} groups ({', '.join(data.group_names)}), but the student knows {known}, and "
-            f"an expansion adds one.\n  Name the groups that it knows first, in their order, then the one to be added."
-        )
+    check_groups(current, data, added=1)
     report = None
     if similarity is not None or expand.by_similarity:
         report = _similarity(student, data, similarity or Similarity(), strategy)
-        _fits(report, model)
+        _fits(report, model, data)
     found = allocate(expand, len(surgery.decoder_layers(model)), report)
-    _tell(folder, expand, found, report)
+    _tell(folder, expand, found, report, None if current is None else current.expert_counts)
     if current is None:
         first = data.group_names[0]
         current = surgery.dense_plan(model, first, list(data.groups[first]), expand.experts_per_token)
@@ -72,12 +67,58 @@ def plan_expansion(
     return current.with_group(data.group_names[-1], data.newest, found.experts, _kept(report, similarity), about)
 
 
+def check_groups(plan: ExpansionPlan | None, data: Languages, added: int = 0) -> None:
+    """The groups of the data against those that the student knows: the same names and languages, in the same order.
+
+    Args:
+        plan: of the student; None: it is dense and knows the first group, whatever that is called.
+        data: its groups of languages.
+        added: how many of the last ones the student does not know yet.
+
+    Raises:
+        ValueError: they are others, or in another order.
+    """
+    given = [LanguageGroup(name, list(languages)) for name, languages in data.groups.items()]
+    known = given[:1] if plan is None else plan.groups
+    named = given[: len(given) - added]
+    same = len(named) == len(known) and all(
+        # a plan that was made by hand may leave out the languages
+        ours.name == theirs.name and (not theirs.languages or sorted(ours.languages) == sorted(theirs.languages))
+        for ours, theirs in zip(named, known)
+    )
+    if same and (plan is not None or added):
+        return
+    step = "Name the same groups, or set model.student.source to a model that stage 1 expanded for them (model.expand)."
+    if added:
+        step = "Name the groups that it knows first, as they were, then the one to be added."
+    raise ValueError(
+        f"data.groups has {_words(given)}, but the student knows {_words(known)}"
+        f"{', and an expansion adds one group' if added else ''}. Experts and classifiers belong to groups by their place, so "
+        f"names, languages and the order of groups must be the same.\n  {step}"
+    )
+
+
+def _words(groups: list[LanguageGroup]) -> str:
+    listed = ", ".join(f"{group.name} ({' '.join(group.languages)})" for group in groups)
+    return f"{len(groups)} group{'' if len(groups) == 1 else 's'}: {listed}"
+
+
 def allocate(expand: Expand, layers: int, report: SimilarityReport | None) -> Allocation:
     """Experts per layer by the rule that is set.
 
     Raises:
-        ValueError: the rule cannot be applied.
+        ValueError: the rule cannot be applied, or adds nothing.
     """
+    found = _by_rule(expand, layers, report)
+    if not any(found.new):
+        raise ValueError(
+            f"expand.{found.rule} is {found.value}, which comes to 1 expert in every layer, the original MLP, so nothing "
+            f"would be added. Raise it."
+        )
+    return found
+
+
+def _by_rule(expand: Expand, layers: int, report: SimilarityReport | None) -> Allocation:
     if expand.experts is not None:
         return allocation.listed(expand.experts, layers)
     if expand.uniform is not None:
@@ -140,7 +181,7 @@ def _measured(student: LanguageModel, data: Languages, settings: Similarity, dev
     vectors, measured = measure(
         model.base_model,
         [layer.mlp for layer in surgery.decoder_layers(model)],
-        {name: data.documents(name, 2 * wanted) for name in ordered},
+        {name: data.documents(name) for name in ordered},
         groups,
         tokens_per_language=wanted,
         skipped_ids=student.tokenizer.all_special_ids if settings.skip_special_tokens else (),
@@ -159,12 +200,26 @@ def _measured(student: LanguageModel, data: Languages, settings: Similarity, dev
     )
 
 
-def _fits(report: SimilarityReport, model: nn.Module) -> None:
+def _fits(report: SimilarityReport, model: nn.Module, data: Languages) -> None:
+    """Whether a report, perhaps from a file, is of this model and these languages; what it does not name is not asked."""
     layers = len(surgery.decoder_layers(model))
     if len(report.similarity) != layers:
         raise ValueError(
             f"The similarity report has {len(report.similarity)} layers, but the student has {layers}: it is of another model "
             f"({report.model or 'unnamed'}). Measure this one."
+        )
+    measured = {group: [n for n, of in report.languages.items() if of.group == group] for group in ("new", "old")}
+    wanted = {"new": data.newest, "old": [name for name in data.languages if name not in data.newest]}
+    for group in ("new", "old") if report.languages else ():
+        if set(measured[group]) != set(wanted[group]):
+            raise ValueError(
+                f"The similarity report has the {group} languages {', '.join(measured[group]) or '(none)'}, but those of "
+                f"data.groups are {', '.join(wanted[group])}. Measure these, or correct similarity.file."
+            )
+    if report.model and report.model != model.name_or_path:
+        rank_zero_warn(
+            f"The similarity report is of {report.model}, but the student is {model.name_or_path}. If they are not the same "
+            f"model, leave similarity.file out: then it is measured."
         )
 
 
@@ -176,17 +231,23 @@ def _kept(report: SimilarityReport | None, settings: Similarity | None) -> dict[
         "file": None if settings is None else settings.file,
         "seed": report.seed,
         "tokens": report.tokens_per_language,
+        "measured": {name: found.tokens for name, found in report.languages.items()},
         "similarity": report.similarity,
         "new_old": report.new_old,
     }
 
 
 @rank_zero_only
-def _tell(folder: Path, expand: Expand, found: Allocation, report: SimilarityReport | None) -> None:
+def _tell(
+    folder: Path, expand: Expand, found: Allocation, report: SimilarityReport | None, before: list[int] | None
+) -> None:
+    arguments: dict[str, Any] = {"expand": expand.overlay(found.experts)}
     if report is not None:
         rank_zero_info(report.text())
         report.write(folder / "similarity.json")
-    rank_zero_info(found.text())
-    overlay = {"model": {"init_args": {"expand": expand.overlay(found.experts)}}}
+        # classifier layers of stage 2 are chosen by it; the whole path, so that it is found from any folder
+        arguments["similarity"] = {"file": str((folder / "similarity.json").resolve())}
+    rank_zero_info(found.text(before))
+    overlay = {"model": {"init_args": arguments}}
     head = "# The experts per layer of this run as a list. After its config, it repeats the run without measuring.\n"
     write_atomically(folder / "allocation.yaml", head + yaml.safe_dump(overlay, sort_keys=False))

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_llm.data.batch import LanguageBatch
@@ -18,6 +19,7 @@ from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
 from lit_llm.losses.routing import (
     PriorForm,
     RoutingLoss,
+    balance_per_slot,
     classifier_loss,
     expert_slots,
     group_prior,
@@ -27,11 +29,11 @@ from lit_llm.losses.routing import (
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
-from lit_llm.methods.expansion import plan_expansion, write_expansion
+from lit_llm.methods.expansion import check_groups, plan_expansion, write_expansion
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.dispatch import Dispatch
-from lit_llm.models.expansion_plan import ExpansionPlan
+from lit_llm.models.expansion_plan import ClassifierPlan, ExpansionPlan
 from lit_llm.models.experts import Gate, Routing, Scope, collect_routing
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.seeds import run_seed
@@ -59,7 +61,8 @@ class LayerMoE(Method):
     The load f of the balance loss is that of a micro-batch, so in stage 1 another split of a batch gives another loss.
 
     Args:
-        student: stage 1: a dense model, or one that was expanded for earlier groups; stage 2: the result of stage 1.
+        student: stage 1: a dense model, or one that was expanded for earlier groups; stage 2: the result of stage 1. Other
+            commands than `fit` take an expanded one as it is.
         stage: 1, new experts and routers on new languages, or 2, routers and classifiers on all.
         expand: stage 1: how many experts each layer gets; None: the student has been expanded for the newest group.
         similarity: stage 1: how it is measured, or a file; None: with the defaults, where `expand` needs it.
@@ -79,7 +82,7 @@ class LayerMoE(Method):
         classifier_threshold: stage 2: of the probability of an original language above which expert 0 works alone.
         dispatch: how rows are multiplied by their experts: `grouped` products, a `loop`, or what fits (`auto`).
         routing_window: optimizer steps over which routing is counted before it is logged.
-        optimization: optimizer and schedule.
+        optimization: optimizer and schedule; as released, 5e-5 without weight decay.
         generation: continuations generated during evaluation.
         loss_chunk: supervised tokens whose logits exist at a time. None chooses by the vocabulary.
     """
@@ -105,7 +108,7 @@ class LayerMoE(Method):
         classifier_threshold: float = 0.5,
         dispatch: Dispatch = "auto",
         routing_window: int = 20,
-        optimization: Optimization = Optimization(),
+        optimization: Optimization = Optimization(lr=5e-5, weight_decay=0.0),
         generation: Generation = Generation(prompts=0, test_prompts=0),
         loss_chunk: Optional[int] = None,
     ) -> None:
@@ -134,18 +137,24 @@ class LayerMoE(Method):
             )
 
     def configure_model(self) -> None:
-        """Load the student and bring it to its plan: that of the checkpoint which is continued, or a new one."""
+        """Load the student and bring it to its plan: that of the checkpoint which is continued, or for `fit` a new one."""
         if self.student is not None:
             return
         super().configure_model()
         model = self.student.transformer
         data = None if self._trainer is None else self.trainer.datamodule
+        trains = data is not None and self.trainer.state.fn == TrainerFn.FITTING
         if self.plan is not None:
             surgery.expand(model, self.plan, dispatch=self.dispatch)
+        elif not trains and surgery.plan_of(model) is not None:
+            self.plan = surgery.plan_of(model)  # what is evaluated is the student as it was saved
         elif self.stage == 1:
             self.plan = self._expanded(model, data)
         else:
             self.plan = self._with_classifiers(model, data)
+        if data is not None:
+            unknown = 0 if trains else max(len(data.groups) - len(self.plan.groups), 0)
+            check_groups(self.plan, data, unknown)
         for routed in surgery.routed_layers(model).values():
             routed.backend = self.dispatch
             if routed.classifier is not None:
@@ -162,12 +171,7 @@ class LayerMoE(Method):
         settings = self.expand_settings
         if settings is None:
             plan = surgery.plan_of(model)
-            known = 1 if plan is None else len(plan.groups)
-            if plan is None or known != len(data.groups):
-                raise ValueError(
-                    f"model.expand is not set, but the student knows {known} group(s) of languages and data.groups has "
-                    f"{len(data.groups)}. Set model.expand.new_experts, or another rule."
-                )
+            check_groups(plan, data)
             return plan
         plan = plan_expansion(self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy)
         surgery.expand(model, plan, run_seed(settings.seed), settings.router_init, self.dispatch)
@@ -175,18 +179,19 @@ class LayerMoE(Method):
 
     def _with_classifiers(self, model, data: Languages) -> ExpansionPlan:
         plan = surgery.plan_of(model)
-        if plan is None or len(plan.groups) != len(data.groups):
-            known = 1 if plan is None else len(plan.groups)
-            raise ValueError(
-                f"model.stage is 2, which reviews {len(data.groups)} groups of languages, but the student knows {known}. Set "
-                f"model.student.source to the model of stage 1."
-            )
+        check_groups(plan, data)
         new_old = (plan.similarity or {}).get("new_old")
         layers = allocation.classifier_layers(self.classifier_layers, plan.expert_counts, new_old)
         if layers:
             rank_zero_info(f"Classifiers in front of the routers of the layers {', '.join(map(str, layers))}")
+        if plan.classifier_layers:
+            rank_zero_warn(
+                f"The student has classifiers already, on the layers {', '.join(map(str, plan.classifier_layers))}. They are "
+                f"thrown away: a review begins with new ones, on the layers {', '.join(map(str, layers)) or '(none)'}, as "
+                f"model.classifier_layers says. To go on training it, resume its run with --ckpt_path."
+            )
         rule = (self.classifier_scope, self.classifier_threshold, self.classifier_gate)
-        return surgery.add_classifiers(model, layers, *rule)
+        return surgery.add_classifiers(model, layers, *rule, seed=run_seed(None))
 
     def _statistics(self, groups: list[int]) -> RoutingStatistics:
         counts = [self.plan.expert_counts[layer] for layer in self.plan.routed_layers]
@@ -206,6 +211,8 @@ class LayerMoE(Method):
             weighted = self.coefficients[name] * term.loss * self.step_weight(batch, counts[name])
             loss = loss + weighted
             self.log_step({name: term.loss}, term.tokens)
+        if "balance" in terms:
+            self._log_balance(terms["balance"])
         self.log("train/loss", loss.detach(), batch_size=1)
         self._log_languages(batch, nll_T.detach())
         self._log_window()
@@ -231,7 +238,7 @@ class LayerMoE(Method):
 
         stage 1:  L_LM + alpha L_balance                        stage 2:  L_LM + gamma L_LPR + beta L_classifier
         """
-        terms = {"lm": RoutingLoss(nll_T.sum(), torch.tensor(len(nll_T), device=nll_T.device))}
+        terms = {"lm": RoutingLoss(nll_T.sum(), torch.full((), len(nll_T), device=nll_T.device))}
         logits = [record.router_logits_MN for record in records.values()]
         real_M, group_M = (batch.language_BL >= 0).flatten(), batch.group_BL.flatten()
         if self.stage == 1:
@@ -286,11 +293,11 @@ class LayerMoE(Method):
     def _count(self, into: RoutingStatistics, batch: LanguageBatch, records: dict[int, Routing]) -> None:
         rows, length = batch.language_BL.shape
         layers = []
-        for record in records.values():
-            logits = record.classifier_logits
-            if logits is not None and self.classifier_scope == "sequence_sum":
+        for layer, record in records.items():
+            logits, rule = record.classifier_logits, self.plan.layers[layer].classifier or ClassifierPlan()
+            if logits is not None and rule.scope == "sequence_sum":
                 logits = logits.repeat_interleave(length, 0, output_size=rows * length)
-            layers.append(RoutedLayer(record.router_logits_MN, logits, record.bypass_M))
+            layers.append(RoutedLayer(record.router_logits_MN, logits, record.bypass_M, rule.threshold))
         into.update(layers, batch.language_BL.flatten(), (batch.language_BL >= 0).flatten())
 
     def _log_window(self) -> None:
@@ -301,11 +308,17 @@ class LayerMoE(Method):
                 self.log(f"train/routing/{name}", value, batch_size=1)
             self._window.reset()
 
+    def _log_balance(self, balance: RoutingLoss) -> None:
+        """The balance as the paper has it; the term of the objective grows with k and with layers that have no choice."""
+        counts = [self.plan.expert_counts[layer] for layer in self.plan.routed_layers]
+        per_slot = balance_per_slot(balance, counts, self.plan.experts_per_token)
+        if per_slot is not None:
+            self.log_step({"balance_per_slot": per_slot.loss}, per_slot.tokens)
+
     def _log_languages(self, batch: LanguageBatch, nll_T: Tensor) -> None:
         """The loss of old and of new languages apart, where a stage trains on both."""
         if self.stage == 2:
-            groups = torch.tensor(self.trainer.datamodule.group_of, device=nll_T.device)
-            old_T = groups[batch.language_T] == 0
+            old_T = ~self._window.is_new_A[batch.language_T]
             for name, kept_T in (("lm_old", old_T), ("lm_new", ~old_T)):
                 self.log_step({name: torch.where(kept_T, nll_T, 0.0).sum()}, kept_T.sum())
 

@@ -38,14 +38,18 @@ class Similarity:
 class Expand:
     """How many experts each layer gets; exactly one of the first four is set.
 
+    Every rule counts one expansion: where the student was expanded before, the experts of earlier groups are not counted,
+    and what is added is one less than the number of each layer.
+
     Args:
         new_experts: in all layers together, by the published rule with an exact total.
         delta: the paper's parameter: real-valued experts in total, expert 0 counted, each layer's share rounded up.
         uniform: new experts in every layer, as in MoE-LPR (arXiv 2408.11396).
-        experts: of each layer, expert 0 counted: 1 leaves a layer dense.
+        experts: of each layer, expert 0 counted: 1 adds none to a layer.
         min_experts: of every layer, for `new_experts` and `delta`.
         experts_per_token: k, slots of a token; decided once, when a dense model is expanded.
-        router_init: when a layer grows again: all rows `fresh`, as released, or `keep` those of older experts.
+        router_init: when a layer grows again: all rows `fresh`, as released, or `keep` those of older experts. A layer that
+            gets none keeps its router either way.
         seed: of new routers; `seed_everything` where it is left out.
     """
 

@@ -20,7 +20,7 @@ class Allocation:
     Attributes:
         rule: `delta`, `new_experts`, `uniform` or `experts`.
         value: delta, the number of new experts, or that of each layer; None for a list.
-        experts: of each layer, expert 0 included.
+        experts: of each layer, expert 0 included, but not those of earlier expansions.
         similarity: of each layer; None where no rule looked at it.
         quota: delta's real-valued share of each layer before rounding up; None with other rules.
     """
@@ -36,12 +36,18 @@ class Allocation:
         """New experts of each layer."""
         return [count - 1 for count in self.experts]
 
-    def text(self) -> str:
-        """One line a layer, and the total."""
+    def text(self, before: Sequence[int] | None = None) -> str:
+        """One line a layer, and the total.
+
+        Args:
+            before: experts that each layer has already, expert 0 included; None: of a dense model.
+        """
+        before = [1] * len(self.experts) if before is None else before
         rule = self.rule if self.value is None else f"{self.rule} {self.value:g}"
         lines = [f"Experts per layer ({rule}): {sum(self.new)} new in {len(self.experts)} layers"]
-        for layer, count in enumerate(self.experts):
-            parts = [f"  layer {layer:>3}: {count} experts" + (f" ({count - 1} new)" if count > 1 else " (dense)")]
+        for layer, (new, known) in enumerate(zip(self.new, before, strict=True)):
+            total = known + new
+            parts = [f"  layer {layer:>3}: {total} experts" + (" (dense)" if total == 1 else f" ({new} new)")]
             if self.similarity is not None:
                 parts.append(f"similarity {self.similarity[layer]:.4f}")
             if self.quota is not None:

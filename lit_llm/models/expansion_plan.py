@@ -83,7 +83,7 @@ class ExpansionPlan:
         experts_per_token: k; layers with fewer experts use all.
         renormalise: `always` divides the weights of the chosen experts by their sum also for k = 1, where the released
             code does not.
-        similarity: of the newest expansion: file, seed and tokens of the measurement.
+        similarity: of the newest expansion: file, seed, tokens wanted and measured of each language, and what was found.
         allocation: of the newest expansion: rule and value.
         format_version: of the file.
 
@@ -104,7 +104,8 @@ class ExpansionPlan:
     def __post_init__(self) -> None:
         if self.format_version != _FORMAT_VERSION:
             raise ValueError(
-                f"The plan has format_version {self.format_version}, and this version of lit_llm reads {_FORMAT_VERSION}."
+                f"The plan has format_version {self.format_version}, and this version of lit_llm reads {_FORMAT_VERSION}. Leave "
+                f"format_version out."
             )
         if self.experts_per_token < 1:
             raise ValueError(f"experts_per_token is {self.experts_per_token}; it must be at least 1.")
@@ -235,7 +236,7 @@ class ExpansionPlan:
         if fields.get("format_version") != _FORMAT_VERSION:
             raise ValueError(
                 f"The plan has format_version {fields.get('format_version')!r}, and this version of lit_llm reads "
-                f"{_FORMAT_VERSION}."
+                f"{_FORMAT_VERSION}. Read it with the version that wrote it, or expand the dense model again."
             )
         try:
             layers = [
@@ -250,7 +251,10 @@ class ExpansionPlan:
             }
             return cls(**{**fields, **parts})
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"This is no plan of an expanded model ({PLAN_FILE}): {error}.") from error
+            raise ValueError(
+                f"This is no plan of an expanded model ({PLAN_FILE}): {error}. Take the file that a run left in its folder `model`, "
+                f"unchanged."
+            ) from error
 
     def save(self, folder: Path) -> None:
         """Write `layer_moe.json`."""
@@ -266,5 +270,8 @@ class ExpansionPlan:
         """
         file = Path(folder) / PLAN_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} holds no {PLAN_FILE}, so it is no saved expansion.")
+            raise FileNotFoundError(
+                f"{folder} holds no {PLAN_FILE}, so it is no saved expansion. Name a folder that `save_delta` or a run of "
+                f"LayerMoE wrote (its `model`)."
+            )
         return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))

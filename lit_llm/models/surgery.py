@@ -73,7 +73,8 @@ def expand(
         model: a causal language model of transformers, dense or expanded.
         plan: what it shall be.
         seed: of new routers and classifiers.
-        router_init: for layers that grow again: all rows `fresh`, as released, or `keep` those of older experts.
+        router_init: for layers that grow again: all rows `fresh`, as released, or `keep` those of older experts. A layer that
+            gets no expert in this expansion keeps its router either way.
         dispatch: how rows are multiplied, see `dispatch.backend`.
 
     Returns:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_llm.evaluation.routing import RoutedLayer, RoutingStatistics
+from lit_llm.losses.routing import group_prior
 from tests.reference.layer_moe_losses import routing_metrics
 
 M, SIZES, K = 24, (4, 2, 3), 2
@@ -94,6 +95,29 @@ def test_classifiers_are_judged_by_class_and_bypasses_are_counted():
     assert found.scalars()["classifier_acc_old"] == pytest.approx(3 / 4)
 
 
+def test_a_bypassed_token_is_load_of_expert_0_alone_whatever_its_router_would_have_chosen():
+    z = torch.tensor([[0.0, 5.0, 4.0]]).repeat(2, 1)
+    says_old_M2 = torch.tensor([[3.0, 0.0]]).repeat(2, 1)
+    counts = RoutingStatistics([3], K, groups=[0])
+    language_M, mask_M = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
+    counts.update([RoutedLayer(z, says_old_M2, torch.tensor([True, True]))], language_M, mask_M)
+    found = counts.compute()
+    assert found.load_shares == [[1.0, 0.0, 0.0]] and found.layers["dead_experts"] == [2.0]
+    assert found.languages["expert0_share"] == [[1.0]] and found.languages["expert0_top1"] == [[0.0]]
+    assert found.layers["old_prob_expert0"][0] == pytest.approx(float(z[0].softmax(-1)[0]))
+    counts.update([RoutedLayer(z, says_old_M2, torch.tensor([True, False]))], language_M, mask_M)
+    assert counts.compute().load_shares[0] == pytest.approx([3 / 5, 1 / 5, 1 / 5])
+
+
+def test_classifiers_are_judged_at_their_threshold():
+    says_old_M2 = torch.tensor([[0.7, 0.3], [0.9, 0.1]]).log()
+    counts = RoutingStatistics([2], K, groups=[0, 1])
+    layer = RoutedLayer(torch.zeros(2, 2), says_old_M2, torch.tensor([False, True]), threshold=0.8)
+    counts.update([layer], torch.tensor([1, 0]), torch.ones(2, dtype=torch.bool))
+    found = counts.compute().layers
+    assert found["classifier_acc_old"] == [1.0] and found["classifier_acc_new"] == [1.0]
+
+
 def test_an_expert_without_a_token_is_dead_and_an_empty_window_is_not_a_crash():
     z = torch.zeros(M, 4)
     z[:, :2] = 5.0
@@ -102,6 +126,18 @@ def test_an_expert_without_a_token_is_dead_and_an_empty_window_is_not_a_crash():
     assert counts.compute().layers["dead_experts"] == [2.0]
     counts.reset()
     assert "old_prob_expert0" not in counts.compute().scalars()
+
+
+def test_no_step_copies_a_list_to_the_device(monkeypatch):
+    logits, language_M, mask_M = routing()
+    counts, bounds = statistics(), [[1, 4], [1, 2], [1, 3]]
+
+    def copied(*arguments, **keywords):
+        raise AssertionError("torch.tensor of a list waits for the device")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    counts.update([RoutedLayer(z) for z in logits], language_M, mask_M)
+    group_prior(logits, bounds, language_M.clamp(max=1), mask_M)
 
 
 def test_another_number_of_layers_is_refused():

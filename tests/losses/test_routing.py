@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_llm.losses.routing import classifier_loss, expert_load, group_prior, language_prior, load_balance
+from lit_llm.losses.routing import (
+    balance_per_slot,
+    classifier_loss,
+    expert_load,
+    group_prior,
+    language_prior,
+    load_balance,
+)
 from tests.reference import layer_moe_losses as reference
 
 SIZES = (3, 2, 5, 3)
@@ -128,3 +135,15 @@ def test_what_does_not_fit_is_refused_with_its_numbers():
         ValueError, match="Layer number 1 has 2 experts, but the bounds of its groups are \\[1, 2, 3\\]"
     ):
         group_prior(z, [[1, 2, 3]] * 4, torch.tensor(GROUP), torch.tensor(REAL))
+
+
+def test_the_balance_to_be_read_is_divided_by_k_and_leaves_out_layers_without_a_choice():
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(12, size, generator=generator) for size in (4, 2, 3)]
+    mask_M = torch.rand(12, generator=generator) < 0.7
+    balance = load_balance(logits, 2, mask_M)
+    found = balance_per_slot(balance, [4, 2, 3], 2)
+    torch.testing.assert_close(found.mean, load_balance([logits[0], logits[2]], 2, mask_M).mean / 2)
+    even = load_balance([torch.eye(4)], 1, torch.ones(4))
+    assert balance_per_slot(even, [4], 1).mean == pytest.approx(1.0)
+    assert balance_per_slot(load_balance([logits[1]], 2, mask_M), [2], 2) is None

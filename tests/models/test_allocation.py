@@ -50,6 +50,16 @@ def test_the_text_has_a_line_for_each_layer():
     ]
 
 
+def test_the_text_of_a_second_expansion_has_totals_with_the_experts_of_the_first():
+    lines = listed([3, 1, 1], 3).text(before=[4, 2, 1]).splitlines()
+    assert lines == [
+        "Experts per layer (experts): 2 new in 3 layers",
+        "  layer   0: 6 experts (2 new)",
+        "  layer   1: 2 experts (0 new)",
+        "  layer   2: 1 experts (dense)",
+    ]
+
+
 def test_classifiers_go_where_new_languages_are_most_like_old_ones():
     experts, new_old = [3, 1, 2, 2, 3], [0.1, 0.9, 0.4, 0.5, 0.4]
     assert classifier_layers(2, experts, new_old) == [2, 3]  # layer 1 is dense, 2 wins the tie with 4
