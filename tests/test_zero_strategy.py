@@ -17,7 +17,8 @@ from tests.tiny_runs import fit, tiny_config
 ROOT = Path(__file__).parents[1]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs lit_llm[deepspeed]")
-CASES, STAGES, RESUMED = ("sft", "dskd_cross", "align", "moe1"), ("2", "3"), ("dskd_cross",)
+CASES = ("sft", "sft_leftover", "dskd_cross", "align", "moe1")  # leftover: 6 micro-batches in an epoch, 4 in a step
+STAGES, RESUMED = ("2", "3"), ("dskd_cross",)
 EVERY = [(case, stage) for case in CASES for stage in STAGES]
 
 
@@ -46,7 +47,7 @@ def found(tmp_path_factory) -> dict[tuple[str, str], dict]:
 @pytest.mark.parametrize(("case", "stage"), EVERY)
 def test_zero_trains_as_ddp_does(found, case, stage):
     row = found[case, stage]
-    assert row["loss"] < 1e-6 and row["norm"] < 1e-6
+    assert row["loss"] < 2e-6 and row["norm"] < 1e-6  # losses around 6, in float32
     assert row["val"] < 1e-5 and row["weights"] < 1e-5  # AdamW divides by the root of squared gradients close to 0
 
 

@@ -35,6 +35,7 @@ SAMPLED = "--model.init_args.on_policy.student_fraction=1"
 CASES = {  # name -> config of the tests, options
     "sft": ("sft", []),
     "sft_accumulate": ("sft", ["--trainer.accumulate_grad_batches=3"]),
+    "sft_leftover": ("sft", ["--trainer.accumulate_grad_batches=4"]),
     "sft_unclipped": ("sft", ["--trainer.gradient_clip_val=0"]),
     "kd_chunks": ("kd", ["--model.init_args.loss_chunk=4"]),
     "kd_lora": ("kd", [LORA]),
