@@ -13,11 +13,11 @@ ALLOWED = {
     "losses": {"losses"},
     "models": {"models", "losses", "data.batch", "storage", "wheels"},
     "editing": {"editing", "losses", "models", "folding", "storage"},
-    "data": {"data", "losses", "folding", "storage", "wheels"},
+    "data": {"data", "losses", "folding", "seeds", "storage", "wheels"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
     "planning": {"planning", "methods", "models", "losses", "data"},
-    "methods": {"methods", "losses", "models", "data", "editing", "evaluation", "storage"},
+    "methods": {"methods", "losses", "models", "data", "editing", "evaluation", "seeds", "storage"},
 }
 HEAVY = ("torch", "lightning", "transformers", "datasets", "peft", "gguf", "matplotlib", "torchmetrics")
 
