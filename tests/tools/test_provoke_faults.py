@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,11 +22,15 @@ FAULTS = ("kill-training", "terminate-training", "kill-store", "kill-export", "k
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> subprocess.CompletedProcess:
-    """The tool; one start of Python serves all faults."""
-    work = tmp_path_factory.mktemp("faults")
+def done(once, tmp_path_factory) -> SimpleNamespace:
+    """Status, stdout and stderr of the tool; one start of Python serves all faults."""
+    return SimpleNamespace(**once("faults", lambda: provoked(tmp_path_factory.mktemp("faults"))))
+
+
+def provoked(work: Path) -> dict:
     command = [sys.executable, str(ROOT / "tools" / "provoke_faults.py"), *FAULTS, "--count", "2", "--work", str(work)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=900)
+    return {name: getattr(done, name) for name in ("returncode", "stdout", "stderr")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
