@@ -19,10 +19,10 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from lit_llm.callbacks import default_callbacks
+from lit_llm.callbacks.event_log import EventLog
 from lit_llm.callbacks.loss_doctor import LossDoctor  # noqa: F401  makes the short name known
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.callbacks.nan_guard import NonFinite
@@ -259,7 +259,7 @@ class TrainingCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer", default={})
         if settings.get("logger") in (None, True):
             place = {"save_dir": config.run.root, "name": config.run.name, "version": config.run.version}
-            kwargs["logger"] = [TensorBoardLogger(**place), MetricsCsv(**place)]
+            kwargs["logger"] = [EventLog(**place), MetricsCsv(**place)]
         callbacks = default_callbacks(
             progress_bar=settings.get("enable_progress_bar") is not False,
             stage=self.subcommand,

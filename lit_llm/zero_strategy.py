@@ -160,6 +160,21 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     # --------------------------------------------------------------- training
 
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Except at the end of an epoch, where Lightning makes a step of the micro-batches that are left."""
+        return not self.lightning_module.trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        # DeepSpeed counts micro-batches over all epochs, the data and Lightning within one
+        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss, optimizer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Lightning has divided the loss by the micro-batches of a step already, and DeepSpeed would do so again
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
     def optimizer_step(self, optimizer, closure, model=None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         norm = self.deepspeed_engine.get_global_grad_norm()  # known only now: before clipping, of all processes

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
+from lit_llm.storage import write_atomically
 from tests import tiny
 
 # Tests that run side by side share the cores; so do the processes that they start.
@@ -30,6 +33,23 @@ def byte_level_tokenizer():
 def sentencepiece_tokenizer():
     """BPE with `▁` for spaces and byte fall-back; see `tests.tiny`."""
     return tiny.sentencepiece_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Does minutes of work once for all processes that tests are distributed to: `once(name, work)` is what it returns, as JSON."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def found(name, work):
+        file = folder / f"{name}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                write_atomically(file, json.dumps(work()))
+        return json.loads(file.read_text())
+
+    return found
 
 
 @pytest.fixture(scope="session", autouse=True)

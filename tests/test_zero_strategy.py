@@ -17,7 +17,8 @@ from tests.tiny_runs import fit, tiny_config
 ROOT = Path(__file__).parents[1]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs lit_llm[deepspeed]")
-CASES, STAGES, RESUMED = ("sft", "dskd_cross", "align", "moe1"), ("2", "3"), ("dskd_cross",)
+CASES = ("sft", "sft_leftover", "dskd_cross", "align", "moe1")  # leftover: 6 micro-batches in an epoch, 4 in a step
+STAGES, RESUMED = ("2", "3"), ("dskd_cross",)
 EVERY = [(case, stage) for case in CASES for stage in STAGES]
 
 
@@ -32,21 +33,25 @@ class Code:
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory) -> dict[tuple[str, str], dict]:
+def found(once, tmp_path_factory) -> dict[tuple[str, str], dict]:
     """What `tools/check_scale.py` notes, by case and stage; every case trains under DDP and under two stages of ZeRO."""
+    return {(row["case"], row["stage"]): row for row in once("scale", lambda: compared(tmp_path_factory))}
+
+
+def compared(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("scale") / "found.json"
     command = [sys.executable, str(ROOT / "tools" / "check_scale.py"), "--json", str(file), "--cases", *CASES]
     command += ["--stages", *STAGES, "--resume", *RESUMED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return {(row["case"], row["stage"]): row for row in json.loads(file.read_text())}
+    return json.loads(file.read_text())
 
 
 @needs_deepspeed
 @pytest.mark.parametrize(("case", "stage"), EVERY)
 def test_zero_trains_as_ddp_does(found, case, stage):
     row = found[case, stage]
-    assert row["loss"] < 1e-6 and row["norm"] < 1e-6
+    assert row["loss"] < 2e-6 and row["norm"] < 1e-6  # losses around 6, in float32
     assert row["val"] < 1e-5 and row["weights"] < 1e-5  # AdamW divides by the root of squared gradients close to 0
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ SAMPLED = "--model.init_args.on_policy.student_fraction=1"
 CASES = {  # name -> config of the tests, options
     "sft": ("sft", []),
     "sft_accumulate": ("sft", ["--trainer.accumulate_grad_batches=3"]),
+    "sft_leftover": ("sft", ["--trainer.accumulate_grad_batches=4"]),
     "sft_unclipped": ("sft", ["--trainer.gradient_clip_val=0"]),
     "kd_chunks": ("kd", ["--model.init_args.loss_chunk=4"]),
     "kd_lora": ("kd", [LORA]),
@@ -274,10 +277,10 @@ def metrics(run: Path) -> tuple[dict[str, list[float]], set[str]]:
 
 
 def gap(ours: list[float], theirs: list[float]) -> float:
-    """Largest difference; not a number where there are other numbers of values, or none."""
+    """Largest difference; not a number where there are other numbers of values, or none, or one that is no number."""
     if len(ours) != len(theirs) or not ours:
         return float("nan")
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    return largest(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 def weight_gap(ours: Path, theirs: Path) -> float:
@@ -290,7 +293,13 @@ def weight_gap(ours: Path, theirs: Path) -> float:
     states = [AutoModelForCausalLM.from_pretrained(model).state_dict() for model in models]
     if states[0].keys() != states[1].keys():
         return float("nan")
-    return max((states[0][name].double() - value.double()).abs().max().item() for name, value in states[1].items())
+    return largest((states[0][name].double() - value.double()).abs().max().item() for name, value in states[1].items())
+
+
+def largest(differences: Iterable[float]) -> float:
+    """Not a number where one of them is none, which `max` would pass over."""
+    values = list(differences)
+    return float("nan") if any(map(math.isnan, values)) else max(values)
 
 
 def table(found: list[dict]) -> str:

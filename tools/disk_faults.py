@@ -5,6 +5,7 @@ Each fault is a generator of results: {"during": what was done, "lost": what was
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -13,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import torch
 from forked import Ended, Process, lit_llm, small_disk
-from kill_faults import NEWEST, Results, assert_same, kind_of, newest, undisturbed, weights_of
+from kill_faults import NEWEST, Results, assert_same, kind_of, lost_steps, newest, undisturbed, weights_of
 from whole_files import check_run
 
 from lit_llm.checkpoint_io import read_checkpoint
@@ -72,52 +75,79 @@ def read_only(place: Path, random: Random) -> Results:
             end = process.end()
             message = end.message()
             assert "Read-only file system" in message and str(disk) in message, message
-            check_run(disk / "runs" / "kd" / "version_0")
-            yield {"during": "in the middle of training", "lost": "0 steps"}
+            folder = disk / "runs" / "kd" / "version_0"
+            check_run(folder)
+            lost = lost_steps(folder)
+            assert lost <= 1, f"{lost} steps are lost; a checkpoint was due after each"
+            yield {"during": "in the middle of training", "lost": f"{lost} steps"}
 
 
 def damaged(place: Path, random: Random) -> Results:
     """A file that is cut off, or has a flipped byte, at any place: one message, which names it."""
+    for good in place.rglob("*.good"):  # of a call that was interrupted
+        good.replace(good.with_suffix(""))
     config = _config(place, max_steps=2)
     store = store_options(place)
     fit = ["fit", f"--config={config}", f"--run.root={place / 'runs'}", *store]
-    if not (place / "runs").exists():
+    checkpoint = place / "runs" / "kd" / "version_0" / NEWEST
+    if not checkpoint.exists():
+        shutil.rmtree(place / "runs", ignore_errors=True)
         end = Process(lit_llm(*fit), place / "log").end()
         assert end.status == 0, end.said[-2000:]
-    checkpoint = place / "runs" / "kd" / "version_0" / NEWEST
-    shards = sorted(place.glob("store/train/shard-*"))
     weights, rows = place / "student" / "model.safetensors", place / "train.jsonl"
-    resume = [*fit, f"--ckpt_path={checkpoint}", "--run.version=again", "--trainer.max_steps=4"]
-    anew = [*fit, "--run.version=anew", "--trainer.max_steps=7"]
-    kinds = [("checkpoint", checkpoint, resume), ("weights", weights, anew), ("row", rows, anew)]
-    while True:
-        for kind, file, call in [*kinds, ("shard", random.choice(shards), anew)]:
-            for how in ("cut", "flip") if kind in ("checkpoint", "shard") else ("cut",):
-                for version in ("again", "anew"):
-                    shutil.rmtree(place / "runs" / "kd" / version, ignore_errors=True)
-                good = file.read_bytes()
-                at = random.randrange(1, len(good) - 1)
-                bad = (
-                    good[:at]
-                    if how == "cut"
-                    else good[:at] + bytes([good[at] ^ 1 << random.randrange(8)]) + good[at + 1 :]
-                )
-                if kind == "row" and good[at - 1 : at] == b"\n":
-                    continue  # all lines are whole
-                file.write_bytes(bad)
-                try:
-                    end = Process(lit_llm(*call), place / "log").end()
-                finally:
-                    file.write_bytes(good)
-                yield {"during": f"{kind}, {how}", "lost": _refusal(end, file, how)}
+    again = [*fit, f"--ckpt_path={checkpoint}", "--trainer.max_steps=4"]
+    anew = [*fit, "--trainer.max_steps=7"]
+    for kind, how in _in_turn(place):
+        shard = random.choice(sorted(place.glob("store/train/shard-*.safetensors")))
+        file = {"checkpoint": checkpoint, "weights": weights, "row": rows, "shard": shard}[kind]
+        version, call = ("again", again) if kind == "checkpoint" else ("anew", anew)
+        shutil.rmtree(place / "runs" / "kd" / version, ignore_errors=True)
+        good = file.rename(file.with_name(f"{file.name}.good"))
+        try:
+            file.write_bytes(_damage(good.read_bytes(), how, lines=kind == "row", random=random))
+            end = Process(lit_llm(*call, f"--run.version={version}"), place / "log").end()
+        finally:
+            good.replace(file)
+        if end.status == 0 and how == "flip":
+            assert_same(weights_of(place / "runs" / "kd" / version), _unharmed(place, version, call))
+            lost = "nothing: a byte that means nothing"
+        else:
+            lost = _refusal(end, kind, file)
+        yield {"during": f"{kind}, {how}", "lost": lost}
 
 
-def _refusal(end: Ended, file: Path, how: str) -> str:
-    if end.status == 0 and how == "flip":
-        return "nothing: a byte that means nothing"
+def _in_turn(place: Path) -> Iterator[tuple[str, str]]:
+    """Kinds of damage for ever, in another order each round; goes on after those that are noted."""
+    kinds = [("checkpoint", "cut"), ("checkpoint", "flip"), ("weights", "cut"), ("row", "cut")]
+    kinds += [("shard", "cut"), ("shard", "flip")]
+    noted = place / "results.jsonl"
+    done = len(noted.read_text().splitlines()) if noted.exists() else 0
+    for number in itertools.count(done):
+        turn, at = divmod(number, len(kinds))
+        yield Random(turn).sample(kinds, len(kinds))[at]
+
+
+def _damage(good: bytes, how: str, lines: bool, random: Random) -> bytes:
+    """Cut a file off, or flip one bit of it, at any place; of lines, within one."""
+    at = random.randrange(1, len(good) - 1)
+    while lines and b"\n" in good[at - 1 : at + 1]:  # on both sides of a line's end all lines are whole
+        at = random.randrange(1, len(good) - 1)
+    return good[:at] if how == "cut" else good[:at] + bytes([good[at] ^ 1 << random.randrange(8)]) + good[at + 1 :]
+
+
+def _unharmed(place: Path, version: str, call: list[str]) -> dict[str, torch.Tensor]:
+    """Weights of the same call with nothing damaged."""
+    folder = place / "runs" / "kd" / f"{version}-unharmed"
+    shutil.rmtree(folder, ignore_errors=True)
+    end = Process(lit_llm(*call, f"--run.version={folder.name}"), place / "log").end()
+    assert end.status == 0, end.said[-2000:]
+    return weights_of(folder)
+
+
+def _refusal(end: Ended, kind: str, file: Path) -> str:
     message = end.message()
-    named = file.name in message or (file.suffix == ".safetensors" and file.parent.name in message)
-    assert named, f"{file.name} is not in: {message}"
+    named = file.name in message or (kind == "weights" and str(file.parent) in message)
+    assert end.status == 1 and named, f"status {end.status}, {file.name} is not in: {message}"
     return "refused"
 
 

@@ -77,8 +77,17 @@ class Process:
     def running(self) -> bool:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
-    def end(self, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
-        """Wait for the end; send a signal `after` so many seconds, unless it has ended before."""
+    def end(self, after: float | None = None, number: int = signal.SIGKILL, most: float = _HUNG) -> Ended:
+        """Wait for the end; send a signal `after` so many seconds, unless it has ended before.
+
+        Args:
+            after: seconds; None: send none.
+            number: of the signal.
+            most: seconds, beyond `after`, until it counts as hung.
+
+        Raises:
+            AssertionError: it hangs, and was killed.
+        """
         sent = after is None
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -88,10 +97,10 @@ class Process:
             if not sent and seconds >= after:
                 os.kill(self.pid, number)
                 sent = True
-            if seconds > _HUNG + (after or 0):
+            if seconds > most + (after or 0):
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                raise AssertionError(f"hung for {_HUNG:.0f} s: {self.log.read_text(errors='replace')[-2000:]}")
+                raise AssertionError(f"hung for {most:.0f} s: {self.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.002)
 
 

@@ -66,17 +66,22 @@ def _after(runs: Path, end: Ended, number: int) -> dict[str, Any]:
     """What is lost; nothing is half-written."""
     if end.status not in (-number, 128 + number):
         raise AssertionError(f"ended with {end.status}: {end.said[-2000:]}")
-    if end.status == 143 and "is saved in" not in end.said:
+    if end.status == 143 and not list(runs.glob(f"kd/*/{NEWEST}")):
         return {"during": "before the first step", "lost": "0 steps"}
     if not runs.exists() or not list(runs.glob("kd/*")):
         return {"during": "start", "lost": "0 steps"}
     folder = newest(runs)
     check_run(folder)
-    saved = read_checkpoint(folder / NEWEST)["global_step"] if (folder / NEWEST).exists() else 0
-    lost = max(logged_step(folder) - saved, 0)
+    lost = lost_steps(folder)
     if lost > (EVERY if number == signal.SIGKILL or end.status == -number else 0):
         raise AssertionError(f"{lost} steps are lost; a checkpoint was due every {EVERY}")
     return {"during": ", ".join(map(kind_of, begun(folder))) or "nothing written", "lost": f"{lost} steps"}
+
+
+def lost_steps(folder: Path) -> int:
+    """Steps that are logged and in no checkpoint."""
+    saved = read_checkpoint(folder / NEWEST)["global_step"] if (folder / NEWEST).exists() else 0
+    return max(logged_step(folder) - saved, 0)
 
 
 def kill_store(place: Path, random: Random) -> Results:

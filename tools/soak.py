@@ -2,8 +2,8 @@
 
     python tools/soak.py kd dskd dpo --steps 2000
 
-One line for each method: memory after the first tenth and at the end, slope of the line through everything after the first
-tenth, and a verdict: `grows` where the line rises by more than 5% of the memory over the run and by more than twice its
+One line for each method: memory after the first tenth and at the end, slope of the line through everything from
+there on, and a verdict: `grows` where the line rises by more than 5% of the memory over the run and by more than twice its
 uncertainty. Status 1 where one grows. Methods: those of tests/tiny_runs.py.
 """
 
@@ -26,7 +26,9 @@ from forked import Process, lit_llm  # noqa: E402
 from tests.tiny_runs import METHODS, tiny_config  # noqa: E402
 
 EVERY = 100
+LEAST = 3 * EVERY  # a line and its uncertainty take three points
 LIMIT = 0.05
+HUNG = 3600.0  # seconds
 
 
 class ResidentMemory(L.Callback):
@@ -51,6 +53,10 @@ def main() -> None:
     parser.add_argument("methods", nargs="+", choices=METHODS, metavar="METHOD")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
+    if options.steps < LEAST:
+        parser.error(
+            f"--steps is {options.steps}, but memory is read every {EVERY} steps and a line takes three readings. Take {LEAST} or more."
+        )
     grows = False
     with tempfile.TemporaryDirectory() as scratch:
         os.environ.setdefault("LIT_LLM_CACHE", str(Path(scratch) / "cache"))
@@ -58,7 +64,7 @@ def main() -> None:
             found = soak(Path(scratch) / method, method, options.steps)
             grows |= found["verdict"] != "flat"
             print(
-                f"{method}: {found['first']:.0f} MiB after {options.steps // 10} steps, {found['last']:.0f} MiB after "
+                f"{method}: {found['first']:.0f} MiB after {found['from']:.0f} steps, {found['last']:.0f} MiB after "
                 f"{options.steps}; {found['slope']:+.3f} +- {found['error']:.3f} MiB per 100 steps: {found['verdict']}",
                 flush=True,
             )
@@ -71,20 +77,21 @@ def soak(place: Path, method: str, steps: int) -> dict:
     config = tiny_config(place, method, max_steps=steps, val_check_interval=steps // 10)
     options = ["--trainer.callbacks+=soak.ResidentMemory", f"--trainer.callbacks.file={file}"]
     call = lit_llm("fit", f"--config={config}", *options, "--checkpoint.every_n_train_steps=100")
-    end = Process(call, place / "log").end()
+    end = Process(call, place / "log").end(most=HUNG)
     if end.status:
         raise RuntimeError(f"{method} ended with {end.status}: {end.said[-2000:]}")
     return verdict(np.loadtxt(file), steps)
 
 
 def verdict(samples: np.ndarray, steps: int) -> dict:
-    """Of rows (step, MiB): a line through all but the first tenth."""
-    settled = samples[samples[:, 0] > steps // 10]
+    """Of rows (step, MiB): a line through those from the end of the first tenth on."""
+    settled = samples[samples[:, 0] >= steps // 10]
     (slope, _), covariance = np.polyfit(settled[:, 0], settled[:, 1], 1, cov=True)
     error, last = float(np.sqrt(covariance[0, 0])), settled[-1, 1]
     grows = slope > 2 * error and slope * steps > LIMIT * last
     first = settled[0, 1]
     return {
+        "from": settled[0, 0],
         "first": first,
         "last": last,
         "slope": slope * 100,

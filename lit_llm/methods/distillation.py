@@ -90,12 +90,8 @@ class Distillation(Method):
 
     def check_divided(self, weights: bool) -> None:
         super().check_divided(weights)
-        if weights and self.rollouts is not None and 0 < self.rollouts.settings.student_fraction < 1:
-            raise ValueError(
-                f"model.on_policy.student_fraction is {self.rollouts.settings.student_fraction}, so some processes run the student "
-                f"twice in a step and others once, but trainer.strategy divides its weights (stage 3), for which all must do the "
-                f"same. Set student_fraction: 1, or strategy.stage: 2."
-            )
+        if weights and self.rollouts is not None:
+            self.rollouts.check_divided()
 
     @cached_property
     def teacher_tokenizer(self):

@@ -121,6 +121,20 @@ class Rollouts:
         sampled = self._batch(batch.examples, entry["rollouts"]).to(self.method.device)
         return Compared(sampled, True, entry["tokens"], entry["pairs"])
 
+    def check_divided(self) -> None:
+        """Asked before the student's weights are divided among processes, which must all run it equally often then.
+
+        Raises:
+            ValueError: they would not.
+        """
+        fraction = self.settings.student_fraction
+        if 0 < fraction < 1:
+            raise ValueError(
+                f"model.on_policy.student_fraction is {fraction}, so by the coins of a step some processes sample answers and run "
+                f"the student more often than others, but trainer.strategy divides its weights (stage 3), for which all must "
+                f"do the same. Set student_fraction: 1, or strategy.stage: 2."
+            )
+
     def of_validation(self) -> DistillationBatch | None:
         """The student's answers to the first validation prompts, as one batch."""
         prompts = self.method.trainer.datamodule.prompts("validation", self.settings.validation_prompts)

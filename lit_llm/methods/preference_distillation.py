@@ -92,6 +92,11 @@ class PreferenceDistillation(PreferenceMethod):
                     f"but {type(self).__name__} compares the models column by column. Take models that started from one."
                 )
 
+    def check_divided(self, weights: bool) -> None:
+        super().check_divided(weights)
+        if weights and self.rollouts is not None:
+            self.rollouts.check_divided()
+
     # -------------------------------------------------------------- training
 
     def learned_on(self, batch: PreferenceBatch) -> tuple[TokenBatch, int]:

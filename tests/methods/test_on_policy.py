@@ -129,3 +129,15 @@ def test_cross_model_attention_refuses_sampled_answers(tmp_path):
 def test_settings_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"on_policy.{name} is {value}"):
         OnPolicy(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["kd_sampled", "dskd_cross_sampled", "align_sampled", "adpa_sampled"])
+def test_coins_that_fall_differently_in_each_process_are_refused_where_weights_are_divided(tmp_path, name):
+    method = fit(
+        tiny_config(tmp_path, name), "--trainer.max_steps=1", "--model.init_args.on_policy.student_fraction=0.5"
+    ).model
+    method.check_divided(weights=False)
+    with pytest.raises(ValueError, match="student_fraction is 0.5"):
+        method.check_divided(weights=True)
+    method.rollouts.settings.student_fraction = 1.0
+    method.check_divided(weights=True)
