@@ -3,8 +3,8 @@ with whole passes, as other editors do; and of ROME and MEMIT beside EasyEdit's,
 
 All edit the same random Llama, in turns, with the same number of updates for all contenders. LU-LAFN's facts have four
 languages; the gap is the distance of a layer's values, relative to their norm, and 1e-4 is allowed: Adam makes rounding of
-gradients near 0 larger. For the others see `easyedit`. A number of facts
-with a larger gap is void: its rows say so and show no speed.
+gradients near 0 larger. For the others see `easyedit`. A number of facts with a larger gap is void: its rows say so and show no
+speed.
 """
 
 from __future__ import annotations
