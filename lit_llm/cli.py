@@ -62,7 +62,15 @@ def main(args: list[str] | None = None) -> None:
         print(f"lit_llm {__version__}")
         return
     if given[0] not in _COMMANDS:
-        print(f"lit_llm: {given[0]!r} is not a command.\n\n{_help()}", file=sys.stderr)
+        from difflib import get_close_matches
+
+        near = get_close_matches(given[0], _COMMANDS, 1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        print(
+            f"lit_llm: {given[0]!r} is not a command.{meant} There are {', '.join(_COMMANDS)}; python -m lit_llm --help tells "
+            f"what they do.",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     _run(given)
 

@@ -209,7 +209,7 @@ two runs before each other      | - | --config=@/bad/back.yaml | back.yaml; lead
 """
 
 COMMANDS = """
-no such command                 | fitt | 'fitt' is not a command; fit
+no such command                 | fitt | 'fitt' is not a command; Did you mean fit?; --help
 a model that is not there       | generate --model @/nowhere --prompt x | nowhere; package:NAME
 no model                        | generate --prompt x | --model; --help
 a misspelt option               | generate --modell x --prompt y | modell; --help
