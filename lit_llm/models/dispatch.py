@@ -1,7 +1,7 @@
 """Which rows go to which expert: tokens sorted by expert, gathered, and summed back with their weights.
 
-Only routed rows are computed. Gathering and summing back know that each slot of a token is in one place, so both
-directions of both are reads: nothing is added atomically, and results are the same in every run.
+Only routed rows are computed. Gathering and summing back know that each slot of a token is in one place, so on a GPU both
+directions of both are reads: nothing is added atomically, and results are the same in every run. A CPU adds row after row.
 
 Experts lie in stacks (expert 0 alone, then one stack per expansion). The slots of a stack are one stretch of the sorted
 slots, a `Segment`. On a CPU its length is known and exact. On a GPU, where reading it would wait for the device, it is a
@@ -43,6 +43,11 @@ class Segment:
     inside_Mk: Tensor
     ends_E: Tensor
     counts: list[int] | None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether each row is a slot of this stack: known on a CPU, where rows are added up one after the other."""
+        return self.counts is not None
 
     def gather(self, x_MH: Tensor) -> Tensor:
         """(n, H) rows of the tokens."""
@@ -190,7 +195,9 @@ class _Gather(torch.autograd.Function):
         segment = ctx.segment
         num_tokens, k = segment.inside_Mk.shape
         grad_MH = grad_nH.new_zeros(num_tokens, grad_nH.shape[1])
-        if len(grad_nH):
+        if segment.is_exact:
+            grad_MH.index_add_(0, segment.token_n, grad_nH)
+        elif len(grad_nH):
             for rank in range(k):
                 rows_MH = grad_nH[segment.position_Mk[:, rank]]
                 grad_MH += torch.where(segment.inside_Mk[:, rank, None], rows_MH, 0.0)
@@ -204,7 +211,9 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_nH, gate_Mk)
         wide = torch.promote_types(y_nH.dtype, gate_Mk.dtype)
         sum_MH = y_nH.new_zeros(len(gate_Mk), y_nH.shape[1], dtype=wide)
-        if len(y_nH):
+        if segment.is_exact:
+            sum_MH.index_add_(0, segment.token_n, y_nH * gate_Mk.flatten()[segment.slot_n][:, None])
+        elif len(y_nH):
             for rank in range(gate_Mk.shape[1]):
                 rows_MH = y_nH[segment.position_Mk[:, rank]] * gate_Mk[:, rank, None]
                 sum_MH += torch.where(segment.inside_Mk[:, rank, None], rows_MH, 0.0)
@@ -214,6 +223,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_MH: Tensor):
         segment = ctx.segment
         y_nH, gate_Mk = ctx.saved_tensors
+        if segment.is_exact:
+            return *_exact_combine_backward(ctx, y_nH, gate_Mk, grad_MH[segment.token_n]), None
         grad_y_nH = grad_gate_Mk = None
         if ctx.needs_input_grad[0]:
             inside_n = torch.arange(len(y_nH), device=y_nH.device) < segment.ends_E[-1]
@@ -226,3 +237,14 @@ class _Combine(torch.autograd.Function):
                     dot_M = (y_nH[segment.position_Mk[:, rank]] * grad_MH).sum(-1)
                     grad_gate_Mk[:, rank] = torch.where(segment.inside_Mk[:, rank], dot_M, 0.0)
         return grad_y_nH, grad_gate_Mk, None
+
+
+def _exact_combine_backward(ctx, y_nH: Tensor, gate_Mk: Tensor, grad_nH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows and gates where each row is a slot, from the gradient of each row's token."""
+    slot_n, grad_y_nH, grad_gate_Mk = ctx.segment.slot_n, None, None
+    if ctx.needs_input_grad[1]:
+        grad_gate_Mk = torch.zeros_like(gate_Mk)
+        grad_gate_Mk.view(-1)[slot_n] = (y_nH * grad_nH).sum(-1).to(gate_Mk.dtype)
+    if ctx.needs_input_grad[0]:
+        grad_y_nH = grad_nH.mul_(gate_Mk.flatten()[slot_n][:, None]).to(y_nH.dtype)
+    return grad_y_nH, grad_gate_Mk
