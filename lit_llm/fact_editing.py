@@ -25,7 +25,7 @@ from lit_llm.editing.optimise import Optimising
 from lit_llm.editing.triggers import Trigger, unheard
 from lit_llm.evaluation.editing import first_sentence
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
-from lit_llm.methods.edited_model import EditedModel, fired
+from lit_llm.methods.edited_model import EditedModel
 from lit_llm.methods.neuron_editor import NeuronEditor, NeuronSettings
 from lit_llm.models.language_model import LanguageModel, ModelSpec
 from lit_llm.responding import chosen_device, say
@@ -263,12 +263,12 @@ def _print_answers(edited: EditedModel, edits: EditSet, asked: Sequence[tuple[st
     acting: list[str | None] = []
     after = []
     for ids in prompts:
-        with edited.under(edits) as caches:
+        with edited.under(edits) as cache:
             after += _answers(edited.model, [ids], max_new_tokens)
             edited.model.transformer.base_model(
                 input_ids=torch.tensor([ids], device=edited.body.device), use_cache=False
             )
-            acting += [firing.edit for firing in fired(caches, 1)] if caches else [None]
+            acting.append(None if cache is None else cache.firings[0].edit)
     everywhere = [edit.fact.id for edit in edits.of_weights]
     for (_, text), old, new, name in zip(asked, before, after, acting, strict=True):
         which = ", ".join([*([name] if name else []), *everywhere]) or "none"

@@ -102,9 +102,9 @@ class EditScores:
     def add_crossed(self, edited: str, questions: Sequence[Question]) -> None:
         """Add questions asked under the edits of one language to the matrices."""
         for question in questions:
-            for protocol, matrix in self.matrices.get(question.kind, {}).items():
-                if protocol in question.right:
-                    matrix.update(edited, question.language, torch.tensor([question.right[protocol]]))
+            if of_kind := self.matrices.get(question.kind):
+                for protocol, right in question.right.items():
+                    of_kind[protocol].update(edited, question.language, torch.tensor([right]))
 
     def _update(self, metrics: dict[str, MeanScore], question: Question) -> None:
         pair = [list(question.predicted)], [list(question.wanted)]

@@ -19,8 +19,7 @@ from lit_llm.evaluation.editing import first_sentence, is_finished
 from lit_llm.losses.token_log_probs import best_tokens
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.edit_scores import Question
-from lit_llm.methods.edited_model import EditedModel, fired
-from lit_llm.models.generation import Sampling, generate
+from lit_llm.methods.edited_model import EditedModel
 
 _MORE_TOKENS = 4  # than a question's answer has, for what is written freely
 _NOT_NAMED = Firing(None, None, None)
@@ -140,9 +139,9 @@ class Asking:
         if not rows:
             return {}
         tokens, head = _chosen(self.batch.rows, rows), self.model.model.head
-        with self.model.under(edits, self.batch.prompt_length_R[list(rows)].tolist()) as caches:
+        with self.model.under(edits, self.batch.prompt_length_R[list(rows)].tolist()) as cache:
             hidden_TD = self.model.model.hidden(tokens)
-            firings = fired(caches, len(rows)) if caches else [None] * len(rows)
+            firings = [None] * len(rows) if cache is None else cache.firings
         best_T, log_prob_T = best_tokens(hidden_TD, head, tokens.target_T)
         counts = torch.bincount(tokens.sequence_T, minlength=len(rows)).tolist()
         texts = self._written(edits, [row for row in rows if row in free])
@@ -164,13 +163,10 @@ class Asking:
             return len(new) >= limits[number] or is_finished(model.tokenizer.decode(new, skip_special_tokens=True))
 
         with self.model.under(edits):
-            ids = generate(
-                model.transformer,
-                model.tokenizer,
+            ids = model.generate(
                 [list(self.batch.prompt_ids[row]) for row in rows],
-                Sampling(max(limits)),
-                self._generation.batch_size,
-                model.head.num_rows,
+                max_new_tokens=max(limits),
+                batch_size=self._generation.batch_size,
                 until=ends,
             )
         texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lit_llm.editing.deltas import Edit, base_digest
-from lit_llm.editing.edit_cache import CachedEdit, EditCache, Firing
+from lit_llm.editing.edit_cache import CachedEdit, EditCache
 from lit_llm.editing.edit_stack import EditStack
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.triggers import Trigger
@@ -39,7 +39,7 @@ class EditedModel:
         self._stack = EditStack(self.body)
 
     @contextmanager
-    def under(self, edits: Iterable[Edit], prompt_lengths: Sequence[int] | None = None) -> Iterator[list[EditCache]]:
+    def under(self, edits: Iterable[Edit], prompt_lengths: Sequence[int] | None = None) -> Iterator[EditCache | None]:
         """While open, the model answers with these edits and no others; afterwards it is the base, bit for bit.
 
         Args:
@@ -50,7 +50,8 @@ class EditedModel:
             ValueError: cached edits in different layers, or edits of another model.
 
         Yields:
-            The caches that were opened; their `firings` say what the trigger did with the rows of the last pass.
+            The cache of the cached ones, whose `firings` say what the trigger did with each row of the last pass; None without
+            any.
         """
         edits = list(edits)
         with ExitStack() as opened:
@@ -60,10 +61,10 @@ class EditedModel:
                 self._stack.apply(of_weights)
             cached = [edit for edit in edits if isinstance(edit, CachedEdit)]
             # one for all, so that at most one edit acts on a text
-            caches = [EditCache(self.body, self.model.tokenizer, cached, self.trigger)] if cached else []
-            for cache in caches:
+            cache = EditCache(self.body, self.model.tokenizer, cached, self.trigger) if cached else None
+            if cache is not None:
                 opened.enter_context(cache.active(prompt_lengths=prompt_lengths))
-            yield caches
+            yield cache
 
     def save(self, edits: Sequence[Edit], folder: Path) -> None:
         """Write the model under changes of weights as a plain Hugging Face folder.
@@ -79,13 +80,3 @@ class EditedModel:
             )
         with self.under(edits):
             self.model.save(folder)
-
-
-def fired(caches: Sequence[EditCache], rows: int) -> list[Firing]:
-    """What the triggers of all caches did with each row of the last pass: the one that acts, else the nearest miss."""
-    nothing = Firing(None, None, None)
-    found = []
-    for row in range(rows):
-        of_row = [cache.firings[row] for cache in caches if len(cache.firings) == rows] or [nothing]
-        found.append(max(of_row, key=lambda firing: (firing.edit is not None, firing.mention is not None)))
-    return found

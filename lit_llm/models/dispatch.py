@@ -31,23 +31,23 @@ class Segment:
     Args:
         token_n: which token each row is.
         slot_n: which slot (token times k plus rank) each row is.
-        position_Mk: the row of each slot, wherever `inside_Mk`; any valid row elsewhere.
-        inside_Mk: slots that belong to this stack.
+        position_Mk: the row of each slot, wherever `inside_Mk`; any valid row elsewhere. None: `in_order`.
+        inside_Mk: slots that belong to this stack. None: `in_order`.
         ends_E: int32, where the rows of each expert end; rows beyond the last have no meaning.
         counts: rows of each expert; None where the host does not know them.
     """
 
     token_n: Tensor
     slot_n: Tensor
-    position_Mk: Tensor
-    inside_Mk: Tensor
+    position_Mk: Tensor | None
+    inside_Mk: Tensor | None
     ends_E: Tensor
     counts: list[int] | None
 
     @property
-    def is_exact(self) -> bool:
-        """Whether each row is a slot of this stack: known on a CPU, where rows are added up one after the other."""
-        return self.counts is not None
+    def in_order(self) -> bool:
+        """Whether each row is a slot of this stack, and rows are added to their tokens one after the other: on a CPU."""
+        return self.position_Mk is None
 
     def gather(self, x_MH: Tensor) -> Tensor:
         """(n, H) rows of the tokens."""
@@ -69,7 +69,8 @@ def segments(expert_Mk: Tensor, stacks: list[int], on_host: bool) -> list[Segmen
     num_tokens, k = expert_Mk.shape
     expert_S = expert_Mk.flatten()
     order_S = torch.argsort(expert_S, stable=True)
-    place_Mk = torch.argsort(order_S).view(num_tokens, k)
+    in_order = on_host and expert_S.device.type == "cpu"  # a GPU would add atomically
+    place_Mk = None if in_order else torch.argsort(order_S).view(num_tokens, k)
     numbers_N = torch.arange(sum(stacks), device=expert_S.device)
     ends_N = torch.searchsorted(expert_S[order_S], numbers_N, right=True)
     known = ends_N.tolist() if on_host else None
@@ -86,9 +87,11 @@ def segments(expert_Mk: Tensor, stacks: list[int], on_host: bool) -> list[Segmen
             slot_n = order_S[(torch.arange(length, device=order_S.device) + start) % max(len(order_S), 1)]
             counts = None
         ends_E = (ends_N[first:last] - start).to(torch.int32)
-        position_Mk = place_Mk - start
-        inside_Mk = (position_Mk >= 0) & (position_Mk < ends_E[-1])
-        position_Mk = position_Mk.clamp(0, max(len(slot_n) - 1, 0))
+        position_Mk = inside_Mk = None
+        if not in_order:
+            position_Mk = place_Mk - start
+            inside_Mk = (position_Mk >= 0) & (position_Mk < ends_E[-1])
+            position_Mk = position_Mk.clamp(0, max(len(slot_n) - 1, 0))
         found.append(Segment(slot_n // k, slot_n, position_Mk, inside_Mk, ends_E, counts))
         first = last
     return found
@@ -187,18 +190,17 @@ def _tell_once(chosen: str, device: str, dtype: str, obstacle: str | None) -> No
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_MH: Tensor, segment: Segment) -> Tensor:
-        ctx.segment = segment
+        ctx.segment, ctx.num_tokens = segment, len(x_MH)
         return x_MH[segment.token_n]
 
     @staticmethod
     def backward(ctx, grad_nH: Tensor):
         segment = ctx.segment
-        num_tokens, k = segment.inside_Mk.shape
-        grad_MH = grad_nH.new_zeros(num_tokens, grad_nH.shape[1])
-        if segment.is_exact:
+        grad_MH = grad_nH.new_zeros(ctx.num_tokens, grad_nH.shape[1])
+        if segment.in_order:
             grad_MH.index_add_(0, segment.token_n, grad_nH)
         elif len(grad_nH):
-            for rank in range(k):
+            for rank in range(segment.inside_Mk.shape[1]):
                 rows_MH = grad_nH[segment.position_Mk[:, rank]]
                 grad_MH += torch.where(segment.inside_Mk[:, rank, None], rows_MH, 0.0)
         return grad_MH, None
@@ -211,7 +213,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_nH, gate_Mk)
         wide = torch.promote_types(y_nH.dtype, gate_Mk.dtype)
         sum_MH = y_nH.new_zeros(len(gate_Mk), y_nH.shape[1], dtype=wide)
-        if segment.is_exact:
+        if segment.in_order:
             sum_MH.index_add_(0, segment.token_n, y_nH * gate_Mk.flatten()[segment.slot_n][:, None])
         elif len(y_nH):
             for rank in range(gate_Mk.shape[1]):
@@ -223,8 +225,8 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_MH: Tensor):
         segment = ctx.segment
         y_nH, gate_Mk = ctx.saved_tensors
-        if segment.is_exact:
-            return *_exact_combine_backward(ctx, y_nH, gate_Mk, grad_MH[segment.token_n]), None
+        if segment.in_order:
+            return *_backward_in_order(ctx, y_nH, gate_Mk, grad_MH[segment.token_n]), None
         grad_y_nH = grad_gate_Mk = None
         if ctx.needs_input_grad[0]:
             inside_n = torch.arange(len(y_nH), device=y_nH.device) < segment.ends_E[-1]
@@ -239,7 +241,7 @@ class _Combine(torch.autograd.Function):
         return grad_y_nH, grad_gate_Mk, None
 
 
-def _exact_combine_backward(ctx, y_nH: Tensor, gate_Mk: Tensor, grad_nH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward_in_order(ctx, y_nH: Tensor, gate_Mk: Tensor, grad_nH: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of rows and gates where each row is a slot, from the gradient of each row's token."""
     slot_n, grad_y_nH, grad_gate_Mk = ctx.segment.slot_n, None, None
     if ctx.needs_input_grad[1]:

@@ -339,8 +339,9 @@ class LanguageModel(nn.Module):
         no_repeat_ngram_size: int = 0,
         seed: int = 0,
         batch_size: int = 32,
+        until: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Continue prompts, batched and with cached keys and values; the global random state is left as it was.
+        """New token ids of each prompt, without the end-of-sequence token; the global random state is left as it was.
 
         Args:
             prompts: token ids.
@@ -351,16 +352,14 @@ class LanguageModel(nn.Module):
             no_repeat_ngram_size: forbids repeated n-grams; 0 is off.
             seed: of the sampling.
             batch_size: prompts at a time; prompts of similar length are put together.
-
-        Returns:
-            New token ids of each prompt, without the end-of-sequence token.
+            until: see `generation.generate`.
 
         Raises:
             ValueError: an empty prompt, or a setting outside its range.
         """
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, no_repeat_ngram_size, seed)
         num_tokens = self.head.num_rows
-        return generation.generate(self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens)
+        return generation.generate(self.transformer, self.tokenizer, prompts, sampling, batch_size, num_tokens, until)
 
     def stream(
         self, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float, top_k: int, seed: int

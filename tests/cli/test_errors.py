@@ -25,7 +25,7 @@ def fit_message(capfd, config: Path, *options: str) -> str:
 
 def test_an_unknown_command_lists_the_known_ones(capfd):
     text = message_of(capfd, "fitt")
-    assert "'fitt'" in text and "fit " in text
+    assert "'fitt' is not a command" in text and "Did you mean fit?" in text and "validate, test, predict" in text
 
 
 def test_a_misspelt_key_is_refused_by_name(tmp_path, capfd):

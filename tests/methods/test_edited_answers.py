@@ -83,9 +83,9 @@ def test_questions_that_name_no_edited_subject_are_answered_by_the_untouched_mod
 
 def test_only_questions_that_name_a_subject_run_again_and_each_runs_once(model, monkeypatch):
     passed, written = [], []
-    hidden, generate = model.model.hidden, edited_answers.generate
+    hidden, generate = model.model.hidden, model.model.generate
     monkeypatch.setattr(model.model, "hidden", lambda tokens: passed.append(len(tokens.ids_BL)) or hidden(tokens))
-    monkeypatch.setattr(edited_answers, "generate", lambda *a, **k: written.append(len(a[2])) or generate(*a, **k))
+    monkeypatch.setattr(model.model, "generate", lambda ids, **k: written.append(len(ids)) or generate(ids, **k))
     asking(model).questions(edited(model), range(len(QUESTIONS)), {0, 2, 3, 4})
     assert passed == [5, 3]  # one question stands there twice; three name Oslo
     assert written == [3, 1]

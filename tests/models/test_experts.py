@@ -339,14 +339,15 @@ def test_segments_of_fixed_length_hold_what_exact_ones_hold():
     experts = torch.stack([torch.randperm(7)[:2] for _ in range(30)])  # 6 stands for none
     exact = dispatch.segments(experts, [1, 3, 2], on_host=True)
     fixed = dispatch.segments(experts, [1, 3, 2], on_host=False)
+    slots = torch.arange(60).view(30, 2)
     for ours, theirs in zip(fixed, exact):
         length = len(theirs.token_n)
         assert ours.counts is None and sum(theirs.counts) == length <= len(ours.token_n)
         assert torch.equal(ours.token_n[:length], theirs.token_n) and torch.equal(ours.ends_E, theirs.ends_E)
-        assert torch.equal(ours.inside_Mk, theirs.inside_Mk)
-        inside = theirs.inside_Mk
-        assert torch.equal(ours.position_Mk[inside], theirs.position_Mk[inside])
-    assert sum(int(part.inside_Mk.sum()) for part in exact) == int((experts < 6).sum())
+        inside = ours.inside_Mk
+        assert torch.equal(ours.slot_n[ours.position_Mk[inside]], slots[inside]) and int(inside.sum()) == length
+        assert theirs.in_order and not ours.in_order
+    assert sum(len(part.slot_n) for part in exact) == int((experts < 6).sum())
 
 
 class Poisoned(torch.autograd.Function):
