@@ -33,9 +33,10 @@ def edit_section(run: RunData) -> str:
         return ""
     line = lines[-1]
     start = next((other for other in run.edits if other["step"] == 0 and other["stage"] == line["stage"]), None)
+    alone = ", each asked under its own edit alone" if line.get("single") else ""
     figures = [*_matrices(line), *_overlap(line)]
     return (
-        f"<h3>{line['facts']} facts, {escape(line['method'])} <small>after {line['step']:,} steps</small></h3>"
+        f"<h3>{line['facts']} facts{alone}, {escape(line['method'])} <small>after {line['step']:,} steps</small></h3>"
         + _facts(line)
         + _scores(line, start)
         + (f"<div class=figures>{''.join(figures)}</div>" if figures else "")
@@ -87,7 +88,8 @@ def _matrices(line: dict[str, Any]) -> list[str]:
             line["languages"],
             _numbers(matrix["values"]),
             ends=(0.0, 100.0),
-            note=note,
+            note=f"{note} Mean where asked in the language of the edit: {_percent(matrix.get('same_language'))}, in another: "
+            f"{_percent(matrix.get('cross_language'))}.",
         )
         for kind, by_protocol in line["matrices"].items()
         for protocol, matrix in by_protocol.items()

@@ -42,6 +42,7 @@ class Question:
         predicted: best tokens at the answer's positions, the answer's earlier tokens given.
         wanted: the answer's tokens; for locality the untouched model's predictions.
         said: what is written freely, up to its first sentence; None: not asked for.
+        nll: mean negative log-likelihood of the answer per token.
         wanted_said: the answer; for locality what the untouched model writes.
         said_before: what the untouched model writes.
         firing: what the trigger did; None where there are no cached edits.
@@ -54,6 +55,7 @@ class Question:
     answer: str
     predicted: tuple[int, ...]
     wanted: tuple[int, ...]
+    nll: float
     said: str | None = None
     wanted_said: str | None = None
     said_before: str | None = None
@@ -66,6 +68,12 @@ class Question:
         if self.said is not None:
             found["generated"] = float(normalized(first_sentence(self.said)) == normalized(self.wanted_said))
         return found
+
+
+def mean_nll(questions: Sequence[Question]) -> float:
+    """Mean over the edited prompts of the new answer's negative log-likelihood per token; NaN where none was asked."""
+    found = [question.nll for question in questions if question.kind == "reliability"]
+    return sum(found) / len(found) if found else float("nan")
 
 
 class EditScores:
@@ -151,7 +159,7 @@ class EditScores:
         """Everything, for the callbacks that write it; see `callbacks.edit_lines`."""
         matrices = {
             kind: {
-                protocol: {"rows": [*self.languages, "all"], "values": matrix.compute()["matrix"].tolist()}
+                protocol: {"rows": [*self.languages, "all"], **_matrix(matrix)}
                 for protocol, matrix in of_kind.items()
                 if matrix.counts.any()
             }
@@ -182,6 +190,13 @@ def _metrics() -> dict[str, MeanScore]:
     made = {"tokens": MeanScore, "exact": TokenExactMatch, "f1": TokenF1}
     made |= {"generated": GeneratedExactMatch, "generated_f1": GeneratedF1}
     return {name: kind(sync_on_compute=False) for name, kind in made.items()}
+
+
+def _matrix(matrix: EditMatrix) -> dict[str, Any]:
+    found = matrix.compute()
+    return {"values": found["matrix"].tolist()} | {
+        f"{name}_language": found[f"{name}_language"].item() for name in ("same", "cross")
+    }
 
 
 def _mean(scores: list[dict[str, float]]) -> dict[str, float]:

@@ -54,17 +54,12 @@ class Asking:
         untouched: what it says without edits, by token ids (see `Name`); filled on the way, so that it is asked once.
         generation: of answers that are written freely.
         batch: the questions.
-
-    Attributes:
-        loss: mean negative log-likelihood, per token of an answer, of the new answers to the prompts themselves, of the
-            latest `questions`; NaN where none was asked.
     """
 
     def __init__(
         self, model: EditedModel, untouched: dict[Name, Said], generation: Generation, batch: QuestionBatch
     ) -> None:
         self.model, self.batch, self._untouched, self._generation = model, batch, untouched, generation
-        self.loss = float("nan")
         self._answers: list[list[int]] = [[] for _ in batch.prompts]
         for row, target in zip(batch.rows.sequence_T.tolist(), batch.rows.target_T.tolist(), strict=True):
             self._answers[row].append(target)
@@ -84,15 +79,10 @@ class Asking:
         """
         before = self._before(rows, free)
         now = self._now(edits, rows, free, before) if len(edits) else before
-        about = [said.nll for row, said in zip(rows, now, strict=True) if self._kind(row) == "reliability"]
-        self.loss = sum(about) / len(about) if about else float("nan")
         return [self._question(row, row in free, *said) for row, *said in zip(rows, now, before, strict=True)]
 
-    def _kind(self, row: int) -> str:
-        return KINDS[self.batch.kind_R[row]]
-
     def _question(self, row: int, is_free: bool, now: Said, before: Said) -> Question:
-        batch, kind = self.batch, self._kind(row)
+        batch, kind = self.batch, KINDS[self.batch.kind_R[row]]
         is_locality = kind == "locality"
         return Question(
             fact=batch.ids[batch.fact_R[row]],
@@ -102,6 +92,7 @@ class Asking:
             answer=batch.answers[row],
             predicted=now.predicted,
             wanted=before.predicted if is_locality else tuple(self._answers[row]),
+            nll=now.nll,
             said=now.text if is_free else None,
             wanted_said=(before.text or "") if is_locality else batch.answers[row],
             said_before=before.text if is_free else None,

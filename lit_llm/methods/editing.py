@@ -20,7 +20,7 @@ from lit_llm.editing.triggers import Trigger
 from lit_llm.evaluation.samples import Sample
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method
-from lit_llm.methods.edit_scores import EditScores
+from lit_llm.methods.edit_scores import EditScores, Question, mean_nll
 from lit_llm.methods.edited_answers import Asking, Name, Said, known_already
 from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
@@ -50,6 +50,8 @@ class Editing(Method):
         crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
             edit of all languages, and asked in every language. Editing then takes about twice as long.
         replace: what happens where a fact is edited already: the new edit takes its place, or the run is refused.
+        single: each fact is edited in the untouched model and asked under its own edit alone, as published tables of Bi-ZsRE,
+            MzsRE, zsRE and CounterFact have it; otherwise all edits of the run are there together.
         trigger: when cached edits act.
     """
 
@@ -63,6 +65,7 @@ class Editing(Method):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
         trigger: Trigger = Trigger(),
     ) -> None:
         if student.lora is not None:
@@ -78,6 +81,7 @@ class Editing(Method):
         super().__init__(student, generation=generation)
         self.automatic_optimization = False
         self.edited_in, self.crossed, self.replace, self.trigger = edited_in, list(crossed or []), replace, trigger
+        self.single = single
         self.written = nn.Parameter(torch.zeros(()), requires_grad=False)  # facts that are edited
         self.model: EditedModel | None = None
         self.edits: EditSet | None = None
@@ -162,7 +166,7 @@ class Editing(Method):
     def _unknown(self, facts: Sequence[EditedFact], batch: EditBatch) -> list[EditedFact]:
         """The facts whose new answer the model does not give already."""
         self._check_languages(facts)
-        known = known_already(self.model, self.edits, batch, self.edited_in)
+        known = known_already(self.model, self._earlier(self.edits), batch, self.edited_in)
         self.already_known += [fact.edit.id for number, fact in enumerate(facts) if number in known]
         return [fact for number, fact in enumerate(facts) if number not in known]
 
@@ -177,13 +181,23 @@ class Editing(Method):
 
     def _write(self, edits: EditSet, facts: Sequence[EditedFact], name: str) -> list[Edit]:
         """All edits of the group, or none."""
-        made = self.compute(facts, edits, name)
+        groups = [facts] if self.together else [[fact] for fact in facts]
+        made = [edit for group in groups for edit in self.compute(group, self._earlier(edits), name)]
         grown = EditSet.from_state(edits.state())
         for edit in made:
             grown.add(edit, replace=self.replace)
         for edit in made:
             edits.add(edit, replace=self.replace)
         return made
+
+    @property
+    def together(self) -> bool:
+        """Whether the facts of a group are edited in one call of `compute`."""
+        return not self.single
+
+    def _earlier(self, edits: EditSet) -> EditSet:
+        """The edits over which new ones are made."""
+        return EditSet(edits.base) if self.single else edits
 
     def _check_languages(self, facts: Sequence[EditedFact]) -> None:
         missing = [code for code in self.edited_in or () for fact in facts if code not in fact.languages]
@@ -214,7 +228,7 @@ class Editing(Method):
     def _evaluate(self, batch: QuestionBatch, stage: str, freely: int | None) -> None:
         if self._scores is None:
             self._scores = EditScores(batch.languages, self.crossed if len(self.edits) else ())
-            self._asked_already = self._edited_prompts(stage)
+            self._asked_already = set() if self.single else self._edited_prompts(stage)
         kept = [
             row
             for row, kind in enumerate(batch.kind_R.tolist())
@@ -222,12 +236,23 @@ class Editing(Method):
         ]
         free = {row for row in kept if freely is None or batch.examples[batch.fact_R[row]] < freely}
         asking = Asking(self.model, self._untouched, self.generation, batch)
-        self._scores.add(asking.questions(self.edits, kept, free))
-        loss = asking.loss
+        asked = self._asked(asking, self.edits, kept, free)
+        self._scores.add(asked)
         for language, edits in self.alone.items():
             rows = [row for row in kept if KINDS[batch.kind_R[row]] in self.crossed and len(edits)]
-            self._scores.add_crossed(language, asking.questions(edits, rows, free & set(rows)))
-        self.log(f"{stage}/loss", loss, batch_size=len(batch.ids))
+            self._scores.add_crossed(language, self._asked(asking, edits, rows, free))
+        self.log(f"{stage}/loss", mean_nll(asked), batch_size=len(batch.ids))
+
+    def _asked(self, asking: Asking, edits: EditSet, rows: Sequence[int], free: set[int]) -> list[Question]:
+        """The questions of some rows, under all edits or, for `single`, each under the edit of its own fact."""
+        if not self.single or not len(edits):
+            return asking.questions(edits, rows, free & set(rows))
+        found = []
+        for number, fact in enumerate(asking.batch.ids):
+            own = [row for row in rows if asking.batch.fact_R[row] == number]
+            kept = EditSet(edits.base, [edit for edit in edits if edit.fact.id == fact])
+            found += asking.questions(kept, own, free & set(own))
+        return found
 
     def _edited_prompts(self, stage: str) -> set[str]:
         asked = self.trainer.datamodule.sets["validation" if stage == "val" else "test"]
@@ -257,7 +282,7 @@ class Editing(Method):
         for name, value in report["trigger"].items():
             self.log(f"{stage}/trigger/{name}", value, batch_size=1)
         self.edit_report = {**report, "facts": len(self.edits), "already_known": self.already_known}
-        self.edit_report |= {"method": self.words, **self.more_to_report()}
+        self.edit_report |= {"method": self.words, "single": self.single, **self.more_to_report()}
         if self._seconds:
             self.edit_report["seconds_per_fact"] = sum(self._seconds) / len(self._seconds)
         shown = [q for q in scores.asked if q.said is not None and q.kind != "locality"][: self.generation.shown]
@@ -275,6 +300,11 @@ class Editing(Method):
         return type(self).__name__
 
     def predict_step(self, batch: list, batch_idx: int) -> list[dict[str, Any]]:
+        if self.single:
+            raise ValueError(
+                "model.single is true, so a question is asked under the edit of its own fact alone, and what predict answers is "
+                "about no fact. Set model.single: false to answer under all edits, or use validate or test."
+            )
         with self.model.under(self.edits):
             return super().predict_step(batch, batch_idx)
 
@@ -282,7 +312,15 @@ class Editing(Method):
 
     @property
     def exports(self) -> dict[str, Any]:
-        """The file of edits; and, where they are changes of weights, the edited model as a plain folder."""
+        """The file of edits; and, where they are changes of weights, the edited model as a plain folder.
+
+        Changes of weights that were each made alone are no edits of one model, so of these only scores are left.
+        """
+        if self.single and self.edits.of_weights:
+            rank_zero_info(
+                "model.single is true: each change of the weights was made alone, so no edited model is written."
+            )
+            return {}
         if self.edits.cached:
             rank_zero_info(
                 f"{len(self.edits.cached)} edits are cached values beside the model, so no model/ is written. {EDITS_FILE} acts "
@@ -318,7 +356,13 @@ class Editing(Method):
 
     def identity(self) -> dict[str, Any]:
         digest = None if self.model is None else self.model.digest
-        return {**super().identity(), "base": digest, "edited_in": self.edited_in, "crossed": self.crossed}
+        return {
+            **super().identity(),
+            "base": digest,
+            "edited_in": self.edited_in,
+            "crossed": self.crossed,
+            "single": self.single,
+        }
 
 
 def _check_greedy(generation: Generation) -> None:

@@ -49,6 +49,8 @@ class NeuronEdit(Editing):
         crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
             edit of all languages, and asked in every language. Editing then takes about twice as long.
         replace: what happens where a fact is edited already: the new edit takes its place, or the run is refused.
+        single: each fact is edited in the untouched model and asked under its own edit alone, as published tables of Bi-ZsRE,
+            MzsRE, zsRE and CounterFact have it; otherwise all edits of the run are there together.
     """
 
     def __init__(
@@ -65,8 +67,9 @@ class NeuronEdit(Editing):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
     ) -> None:
-        super().__init__(student, generation, edited_in, crossed, replace, trigger)
+        super().__init__(student, generation, edited_in, crossed, replace, single, trigger)
         self.settings = NeuronSettings(layers, locating, optimising, trigger, train_on, neurons, run_seed(seed))
         self.editor: NeuronEditor | None = None
         self._selected: dict[int, list[Tensor]] = {}
@@ -94,6 +97,10 @@ class NeuronEdit(Editing):
 
     def _edited_in(self, edit: Request) -> tuple[str, ...]:
         return tuple(code for code in edit.languages if self.edited_in is None or code in self.edited_in)
+
+    @property
+    def together(self) -> bool:
+        return True  # a fact's values do not depend on other edits, and many at once cost less
 
     def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
         made = self.editor.edit(facts)

@@ -19,7 +19,7 @@ from lit_llm.data.edit_batch import Kind
 from lit_llm.data.encoded_facts import FactEncoding, encode_edits
 from lit_llm.data.tokenized import begin_ids
 from lit_llm.editing.closed_form import AlphaEdit as Sequel
-from lit_llm.editing.closed_form import Inverse, LowRank, free_directions, inverse, memit, rome
+from lit_llm.editing.closed_form import FreeDirections, Inverse, LowRank, free_directions, inverse, memit, rome
 from lit_llm.editing.covariance import SecondMoments, kept_second_moments
 from lit_llm.editing.deltas import Edit, EditSet, WeightEdit
 from lit_llm.editing.fine_tuning import FineTuning, fine_tune
@@ -38,8 +38,8 @@ _STARTS = ("The", "Therefore", "Because", "I", "You")
 class _WeightEditing(Editing):
     """What they share: contexts before prompts, second moments of neurons, edits as changes of weights."""
 
-    def __init__(self, student, layers, contexts, text, seed, generation, edited_in, crossed, replace) -> None:
-        super().__init__(student, generation, edited_in, crossed, replace)
+    def __init__(self, student, layers, contexts, text, seed, generation, edited_in, crossed, replace, single) -> None:
+        super().__init__(student, generation, edited_in, crossed, replace, single)
         if contexts is not None and contexts < 0:
             raise ValueError(f"model.contexts is {contexts}; it counts texts before a prompt, at least 0.")
         self.given_layers, self.contexts, self.text, self.seed = layers, contexts, text, run_seed(seed)
@@ -180,9 +180,10 @@ class FineTunedEdit(_WeightEditing):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
     ) -> None:
         layers = None if layer is None else [layer]
-        super().__init__(student, layers, None, None, 0, generation, edited_in, crossed, replace)
+        super().__init__(student, layers, None, None, 0, generation, edited_in, crossed, replace, single)
         self.fine_tuning = fine_tuning
 
     @property
@@ -236,9 +237,10 @@ class ROME(_WeightEditing):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
     ) -> None:
         layers = None if layer is None else [layer]
-        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace)
+        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace, single)
         self.values = values
 
     @property
@@ -295,8 +297,9 @@ class MEMIT(_WeightEditing):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
     ) -> None:
-        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace)
+        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace, single)
         self.values, self.covariance_weight = values, covariance_weight
 
     def changes(self, facts: Sequence[EditedFact], name: str) -> list[Mapping[int, Any]]:
@@ -347,34 +350,42 @@ class AlphaEdit(_WeightEditing):
         edited_in: Optional[list[str]] = None,
         crossed: Optional[list[Kind]] = None,
         replace: bool = False,
+        single: bool = False,
     ) -> None:
-        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace)
+        super().__init__(student, layers, contexts, text, seed, generation, edited_in, crossed, replace, single)
         self.values, self.threshold, self.fraction, self.ridge = values, threshold, fraction, ridge
+        self._free: dict[int, FreeDirections] = {}
         self._sequels: dict[str, Sequel] = {}
-        self._earlier: dict[str, dict[int, Tensor]] = {}
+        self._earlier_keys: dict[str, dict[int, Tensor]] = {}
 
     def changes(self, facts: Sequence[EditedFact], name: str) -> list[Mapping[int, Any]]:
-        if name not in self._sequels:
-            free = {
-                layer: free_directions(moments, threshold=self.threshold, fraction=self.fraction)
-                for layer, moments in self.moments().moments.items()
-            }
-            self._sequels[name] = Sequel(free, self.values, self.ridge, self._earlier.get(name, {}))
+        if self.single or name not in self._sequels:
+            self._sequels[name] = Sequel(self.free(), self.values, self.ridge, self._earlier_keys.get(name, {}))
         requests = [self.requests(fact) for fact in facts]
         flat = [request for of_fact in requests for request in of_fact]
         updates = self._sequels[name].edit(self.model.body, self.student.head, flat)
         return _by_fact(updates, [len(of_fact) for of_fact in requests])
+
+    def free(self) -> dict[int, FreeDirections]:
+        """By layer, what ordinary text hardly uses."""
+        if not self._free:
+            self._free = {
+                layer: free_directions(moments, threshold=self.threshold, fraction=self.fraction)
+                for layer, moments in self.moments().moments.items()
+            }
+        return self._free
 
     def settings(self) -> tuple:
         return (*super().settings(), self.values, self.threshold, self.fraction, self.ridge)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_llm"]["earlier_keys"] = {name: sequel.earlier for name, sequel in self._sequels.items()}
+        kept = {} if self.single else {name: sequel.earlier for name, sequel in self._sequels.items()}
+        checkpoint["lit_llm"]["earlier_keys"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._earlier = checkpoint["lit_llm"]["earlier_keys"]
+        self._earlier_keys = checkpoint["lit_llm"]["earlier_keys"]
 
 
 def _by_fact(updates: Mapping[int, LowRank], counts: Sequence[int]) -> list[Mapping[int, LowRank]]:

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lit_llm.editing.deltas import EditSet
+from lit_llm.editing.edit_cache import CachedEdit
 from lit_llm.methods.edited_model import EDITS_FILE
+from lit_llm.training_cli import TrainingCLI
 from tests.methods.test_neuron_edit import assert_same_edits, edits_of
 from tests.tiny_edits import edit_config
 from tests.tiny_languages import write_corpora
@@ -26,7 +28,7 @@ SETTINGS = {
 
 
 def config_of(folder, method: str, **more):
-    settings = dict(SETTINGS[method])
+    settings = dict(SETTINGS.get(method, {}))
     if method in ("MEMIT", "AlphaEdit"):
         sources = {code: path for code, path in write_corpora(folder / "text").items() if code != "tr"}
         settings["text"] = {"sources": sources, "tokens": 1000}
@@ -77,6 +79,33 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_edits(tmp_path, method):
     assert_same_edits(edits_of(resumed), edits_of(unbroken))
 
 
+@pytest.mark.parametrize("method", [*SETTINGS, "NeuronEdit"])
+def test_a_single_edit_is_the_one_of_a_run_of_that_fact_and_is_scored_like_it(tmp_path, method):
+    """Facts that were each edited alone say what runs of one fact say; together they say something else."""
+    one = config_of(tmp_path / "one", method, data={"limit": 1})
+    alone = fit(one).model
+    config = config_of(tmp_path / "many", method, single=True, crossed=["reliability"], data={"limit": 4})
+    many = fit(config).model
+    (edit,) = alone.edits
+    (same,) = [other for other in many.edits if other.fact.id == edit.fact.id]
+    assert all(
+        torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(tensors(same), tensors(edit), strict=True)
+    )
+    answers = {(a["kind"], a["language"]): a["after"] for a in last_line(alone)["answers"]}
+    ours = {(a["kind"], a["language"]): a["after"] for a in last_line(many)["answers"] if a["fact"] == edit.fact.id}
+    assert answers == ours
+    assert last_line(many)["single"] and not last_line(alone)["single"]
+    assert (many.run_folder / EDITS_FILE).exists() == (method == "NeuronEdit")
+    assert not (many.run_folder / "model").exists()
+
+
+def test_answers_of_single_edits_are_no_answers_of_a_model(tmp_path, capfd):
+    config = config_of(tmp_path, "ROME", single=True, data={"limit": 2})
+    fit(config)
+    with pytest.raises(ValueError, match="model.single is true"):
+        TrainingCLI.run(["predict", "--config", str(config), "--ckpt_path", "last"])
+
+
 def test_several_layers_are_refused_where_a_norm_follows_the_mlp(tmp_path):
     config = config_of(tmp_path, "MEMIT")
     with pytest.raises(ValueError, match="has a norm after its MLP"):
@@ -89,6 +118,16 @@ def test_the_file_of_edits_names_its_base(tmp_path):
     assert EditSet.load(file, base=cli.model.model.digest).of_weights
     with pytest.raises(ValueError, match="Load the model that was edited"):
         EditSet.load(file, base="another")
+
+
+def tensors(edit) -> list[torch.Tensor]:
+    if isinstance(edit, CachedEdit):
+        return list(edit.values.values())
+    return [tensor for change in edit.changes.values() for tensor in change if tensor is not None]
+
+
+def last_line(method) -> dict:
+    return json.loads((method.run_folder / "edits.jsonl").read_text().splitlines()[-1])
 
 
 def _text_of(config) -> dict:
