@@ -2,6 +2,8 @@
 
 Shapes: R rows (a prompt with its answer each), S essence prompts, L padded positions. Indices of facts and languages point
 into the tuples of the batch. Rows are padded on the right.
+
+Batches, and what they hold, are meant as read-only, but not declared `frozen`: see `lit_llm.data.batch`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What is to be changed in a model, and what it is asked afterwards: kept in two types, so that no answer sheet is edited.
 
 An editor is given an `Edit`. The rephrased, unrelated and one-hop questions of the same fact live in `Questions`, which no
-`Edit` can hold; only an `EditRequest` has both (arXiv 2406.16416, 2309.08952).
+`Edit` can hold; only an `EditRequest` has both (arXiv 2406.16416, 2309.08952). What batches hold is meant as read-only, but not
+declared `frozen`: see `lit_llm.data.batch`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lit_llm.data.language_codes import check_language, primary_language
 UNSPACED = frozenset(["zh", "ja", "th", "km", "lo", "my"])  # languages that put no space between words
 
 
-@dataclass(frozen=True)
+@dataclass
 class LanguageEdit:
     """A fact in one language, as an editor gets it.
 
@@ -44,7 +45,7 @@ class LanguageEdit:
             raise ValueError("a paraphrase is empty. Give it, or leave it out.")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Edit:
     """One fact in all of its languages: everything that locating and optimisation may see.
 

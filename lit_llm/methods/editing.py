@@ -112,6 +112,12 @@ class Editing(Method):
                 f"{type(self).__name__} runs in one process, but trainer.devices asks for {self.trainer.world_size}. Set "
                 f"trainer.devices: 1; a group of facts is edited at once anyway (data.batch_size)."
             )
+        if "mixed" in self.trainer.precision:
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}, which keeps weights that are trained in single precision, but "
+                f"{type(self).__name__} trains none. Set trainer.precision: bf16-true, which halves the model and computes edits "
+                f"in single precision, or 32-true."
+            )
 
     def configure_model(self) -> None:
         if self.student is not None:

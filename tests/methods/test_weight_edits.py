@@ -64,8 +64,7 @@ def test_new_answers_become_likelier_and_the_matrix_is_filled(tmp_path, method):
     assert len(values) == 3 and all(value is not None for row in values for value in row)
     page = (cli.model.run_folder / "report.html").read_text()
     assert ("second moments of neurons over 1,000 tokens" in page) == (method in ("MEMIT", "AlphaEdit"))
-    header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
-    losses = [float(x) for row in rows if (x := row.split(",")[header.split(",").index("val/loss")])]
+    losses = validation_losses(cli.model)
     assert losses[-1] < losses[0]
 
 
@@ -106,6 +105,23 @@ def test_answers_of_single_edits_are_no_answers_of_a_model(tmp_path, capfd):
         TrainingCLI.run(["predict", "--config", str(config), "--ckpt_path", "last"])
 
 
+@pytest.mark.parametrize("method", [*SETTINGS, "NeuronEdit"])
+def test_a_model_in_half_precision_is_edited_too(tmp_path, method):
+    options = ("--trainer.precision=bf16-true", "--trainer.val_check_interval=2")
+    model = fit(config_of(tmp_path, method, data={"limit": 4}), *options).model
+    for edit in model.edits:
+        assert all(
+            tensor.dtype == torch.float32 and tensor.isfinite().all() and tensor.any() for tensor in tensors(edit)
+        )
+    before, after = validation_losses(model)
+    assert after < before
+
+
+def test_mixed_precision_is_refused_where_no_weight_is_trained(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.precision is bf16-mixed.*bf16-true"):
+        fit(config_of(tmp_path, "ROME"), "--trainer.precision=bf16-mixed")
+
+
 def test_several_layers_are_refused_where_a_norm_follows_the_mlp(tmp_path):
     config = config_of(tmp_path, "MEMIT")
     with pytest.raises(ValueError, match="has a norm after its MLP"):
@@ -124,6 +140,11 @@ def tensors(edit) -> list[torch.Tensor]:
     if isinstance(edit, CachedEdit):
         return list(edit.values.values())
     return [tensor for change in edit.changes.values() for tensor in change if tensor is not None]
+
+
+def validation_losses(method) -> list[float]:
+    header, *rows = (method.run_folder / "metrics.csv").read_text().splitlines()
+    return [float(x) for row in rows if (x := row.split(",")[header.split(",").index("val/loss")])]
 
 
 def last_line(method) -> dict:
