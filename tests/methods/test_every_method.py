@@ -1,14 +1,12 @@
 """What holds for every method: what should train moves, what is frozen stays, splitting a batch changes nothing."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny_runs import METHODS, fit, tiny_config
+from tests.two_processes import fit_in_two_processes
 
 # the published masked means are over a micro-batch; this switch makes them independent of how a batch is split, and
 # greedy answers to all prompts do not depend on it either
@@ -126,10 +124,7 @@ def test_two_processes_train_the_same_weights_as_one(tmp_path, method):
     one = tiny_config(tmp_path / "one", method, dropout=0.0, max_steps=3)
     fit(one, "--data.init_args.batch_size=4", *options)
     two = tiny_config(tmp_path / "two", method, dropout=0.0, max_steps=3)
-    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(two), "--data.init_args.batch_size=2", *options]
-    done = subprocess.run(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
-    )
+    done = fit_in_two_processes(two, "--data.init_args.batch_size=2", *options)
     assert done.returncode == 0, done.stderr[-2000:]
 
     folders = [tmp_path / which / "runs" / method / "version_0/checkpoints/last.ckpt" for which in ("one", "two")]

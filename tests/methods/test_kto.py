@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from lit_llm.training_cli import TrainingCLI
 from tests.methods.test_every_method import largest_gap, state
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
 from tests.tiny_runs import fit, tiny_config, write_pairs
+from tests.two_processes import fit_in_two_processes
 
 ONE_STEP = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 
@@ -88,11 +87,8 @@ def test_two_processes_have_one_baseline(tmp_path):
     config, options = with_bad_reference(tmp_path / "one", max_steps=3)
     fit(config, *options, *quiet, "--data.init_args.batch_size=4", "--model.init_args.beta=0.03")
     config, options = with_bad_reference(tmp_path / "two", max_steps=3)
-    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(config), *options, *quiet]
-    command += ["--data.init_args.batch_size=2", "--model.init_args.beta=0.03"]
-    done = subprocess.run(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
-    )
+    quiet += ("--data.init_args.batch_size=2", "--model.init_args.beta=0.03")
+    done = fit_in_two_processes(config, *options, *quiet)
     assert done.returncode == 0, done.stderr[-2000:]
     files = [tmp_path / which / "runs/kto/version_0/checkpoints/last.ckpt" for which in ("one", "two")]
     ours, theirs = (torch.load(file, weights_only=False)["state_dict"] for file in files)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from tests.expert_counts import read_counts
 from tests.tiny_languages import language_config
 from tests.tiny_runs import fit
+from tests.two_processes import Finished, fit_in_two_processes
 
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 DOUBLE, SINGLE = "--trainer.precision=64-true", "--trainer.precision=32-true"
@@ -37,16 +36,10 @@ def of_one_process(config: Path, *options: str) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-def of_two_processes(config: Path, *options: str) -> subprocess.CompletedProcess:
+def of_two_processes(config: Path, *options: str) -> Finished:
     """Train in two processes, and leave their expert counts beside the config."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "lit_llm", "fit", "--config", str(config), *UNVALIDATED, *options),
-            *("--data.init_args.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"),
-            *("--trainer.callbacks+=tests.expert_counts.ExpertCounts", f"--trainer.callbacks.folder={config.parent}"),
-        ],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    counts = ("--trainer.callbacks+=tests.expert_counts.ExpertCounts", f"--trainer.callbacks.folder={config.parent}")
+    return fit_in_two_processes(config, *UNVALIDATED, *options, "--data.init_args.batch_size=2", *counts)
 
 
 def last_weights(folder: Path, stage: int) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
 """Whole methods with packed rows, token budgets, adapters and quantised students: the same losses, exact resume."""
 
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +16,7 @@ from lit_llm.models.projector import ClosedFormStudentToTeacher
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 from tests.tiny_runs import fit, tiny_config
+from tests.two_processes import fit_in_two_processes
 
 TEXTS = [
     ("Name a cat. ", "The cat saw naïve dogs."),
@@ -133,10 +132,7 @@ def test_two_processes_with_limits_of_tokens_take_the_step_of_one(tmp_path, opti
     one = tiny_config(tmp_path / "one", "sft", dropout=0.0, accumulate_grad_batches=100)
     ours = fit(one, *options)
     two = tiny_config(tmp_path / "two", "sft", dropout=0.0, accumulate_grad_batches=100)
-    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(two), *options]
-    done = subprocess.run(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp"], capture_output=True, text=True, timeout=240
-    )
+    done = fit_in_two_processes(two, *options)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = torch.load(tmp_path / "two/runs/sft/version_0/checkpoints/last.ckpt", weights_only=False)["state_dict"]
     assert largest_gap(state(ours), theirs) < 2e-5

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from lit_llm.callbacks.report_data import read_run
 from lit_llm.losses.adaptive_policy import adaptive_coefficient
 from lit_llm.methods import token_view
 from tests.tiny_runs import fit, tiny_config
+from tests.two_processes import fit_in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +104,7 @@ def test_many_values_are_thinned_evenly(run, monkeypatch):
 def test_two_processes_show_what_one_shows(tmp_path):
     config = tiny_config(tmp_path, "align", max_steps=1, val_check_interval=1, dropout=0.0)
     alone = fit(config).model
-    command = [sys.executable, "-m", "lit_llm", "fit", "--config", str(config), "--run.version=two"]
-    options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=2"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=240)
+    done = fit_in_two_processes(config, "--run.version=two", "--data.init_args.batch_size=2")
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (
         [json.loads(line) for line in (folder / "token_scores.jsonl").read_text().splitlines()]
