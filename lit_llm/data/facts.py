@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -35,7 +36,9 @@ class Facts(PlannedData):
         known: only facts that a model knows: a list written by `tools/known_facts.py`, or `facts:gemma3-270m`, the one of
             Gemma 3 270M for capitals and official languages of `facts:countries` in en, de, fr, es, it and pt. None: all.
         known_in: in how many of the languages it must know them.
-        limit: use only the first requests, after all that is dropped by the settings above. None: all.
+        part: use only every so many-th of the requests that are left by the settings above, such as [0, 3], [1, 3] and [2, 3]
+            for three runs that have no fact in common. None: all.
+        limit: use only the first of these. None: all.
         bad_rows: lines that make no request (an empty text, a new target that is the old one, a prompt that an earlier
             line has, ...) and, with max_target_tokens, targets that are too long: `refuse` the data, naming them, or
             `drop` and count them.
@@ -64,6 +67,7 @@ class Facts(PlannedData):
         languages: Optional[list[str]] = None,
         known: Optional[str] = None,
         known_in: int = 2,
+        part: Optional[list[int]] = None,
         limit: Optional[int] = None,
         bad_rows: Literal["refuse", "drop"] = "refuse",
         missing_subjects: Literal["prompt_end", "drop", "refuse"] = "prompt_end",
@@ -82,6 +86,8 @@ class Facts(PlannedData):
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
         for language in languages or ():
             check_language(language)
+        if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1]):
+            raise ValueError(f"data.part is {part}; it is [number, of], such as [0, 3] for the first of three parts.")
         if languages is not None and len(set(languages)) != len(languages):
             raise ValueError(f"data.languages names a language twice: {', '.join(languages)}. Keep one.")
         super().__init__(
@@ -99,7 +105,7 @@ class Facts(PlannedData):
             seed=seed,
         )
         self.source, self.languages, self.bad_rows = source, languages, bad_rows
-        self.known, self.known_in = known, known_in
+        self.known, self.known_in, self.part = known, known_in, part
         self.known_model: str | None = None
         self.encoding = FactEncoding(
             target_separator, prompt_format, locality_prefix, missing_subjects, max_target_tokens, target_end
@@ -123,7 +129,9 @@ class Facts(PlannedData):
         if self._chosen is None:
             read = read_requests(resolve_source(self.source), self.bad_rows)
             known = None if self.known is None else self._known_list()
-            self._chosen = chosen_requests(read, self.languages, known, self.known_in, self.limit, self.source)
+            self._chosen = chosen_requests(
+                read, self.languages, known, self.known_in, self.part, self.limit, self.source
+            )
         return self._chosen
 
     def _known_list(self) -> dict[str, list[str]]:
@@ -198,6 +206,7 @@ def chosen_requests(
     languages: list[str] | None,
     known: dict[str, list[str]] | None,
     known_in: int = 2,
+    part: Sequence[int] | None = None,
     limit: int | None = None,
     name: str = "the facts",
 ) -> FactFile:
@@ -208,6 +217,7 @@ def chosen_requests(
         languages: None: all of each request.
         known: fact id -> languages in which a model knows it; None: all facts count as known.
         known_in: in how many of the request's languages it must know a fact.
+        part: number and of: every so many-th of what is left; None: all.
         limit: of requests.
         name: of the data, for messages.
 
@@ -239,7 +249,13 @@ def chosen_requests(
         raise ValueError(
             f"No request of {name} is left; dropped: {reasons}. Choose fewer languages, or lower known_in."
         )
-    return FactFile(kept[:limit], dict(dropped))
+    number, of = part or (0, 1)
+    chosen = kept[number::of][:limit]
+    if not chosen:
+        raise ValueError(
+            f"data.part is {list(part)}, but only {len(kept)} requests of {name} are left. Ask for fewer parts."
+        )
+    return FactFile(chosen, dict(dropped))
 
 
 def read_known(source: str) -> dict:

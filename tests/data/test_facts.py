@@ -159,6 +159,17 @@ def test_validation_and_test_ask_about_every_edited_fact_once(source):
     assert prompt.text == "Oslo 0 is in" and prompt.references == ["Peru or so"]
 
 
+def test_parts_have_no_request_in_common_and_all_of_them_together(source):
+    parts = [[request.id for request in ready(Facts(source, part=[number, 3])).requests()] for number in range(3)]
+    assert parts[1] == ["fact-1", "fact-4"] and sorted(sum(parts, [])) == [f"fact-{number}" for number in range(7)]
+    assert len(ready(Facts(source, part=[0, 3], limit=2)).requests()) == 2
+    with pytest.raises(ValueError, match=r"\[8, 9\].*only 7"):
+        ready(Facts(source, part=[8, 9]))
+    for wrong in ([3, 3], [1], [-1, 2]):
+        with pytest.raises(ValueError, match=r"data\.part is .*\[0, 3\]"):
+            Facts(source, part=wrong)
+
+
 def test_the_seed_orders_the_edits_and_nothing_else(source):
     orders = [
         [edit.id for batch in ready(Facts(source, seed=seed)).train_dataloader() for edit in batch.edits]
