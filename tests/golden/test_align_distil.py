@@ -6,10 +6,7 @@ The expected values are those of arXiv 2503.02832 and of its released code, with
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 
 from tests.golden import adaptive_policy_cases, preference_cases
 from tests.golden.golden import Case, change_largest_value, family_folder, read_index
+from tests.processes import Finished, run_python
 
 HANDLERS = {**preference_cases.HANDLERS, **adaptive_policy_cases.HANDLERS}
 
@@ -82,12 +80,10 @@ def test_a_run_against_another_folder_fails_where_that_folder_disagrees(tmp_path
     (folder / "index.json").write_text(json.dumps({**index, "cases": cases}), encoding="utf-8")
     shutil.copy(SHIPPED / OURS[SOME]["file"], folder)
     selected = f"{__file__}::test_everything_that_the_index_expects_comes_out"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
-    environment = {**os.environ, "LIT_LLM_GOLDEN": str(tmp_path)}
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
 
-    def run() -> subprocess.CompletedProcess:
-        root = Path(__file__).parents[2]
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    def run() -> Finished:
+        return run_python(*command, cwd=Path(__file__).parents[2], environment={"LIT_LLM_GOLDEN": str(tmp_path)})
 
     agrees = run()
     assert agrees.returncode == 0, agrees.stdout

@@ -6,10 +6,7 @@ The expected values come from the authors' released code (arXiv 2406.17328, 2504
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from tests.golden import (
     rouge_cases,
 )
 from tests.golden.golden import Case, change_largest_value, family_folder, read_index
+from tests.processes import run_python
 
 IN_BOTH_PRECISIONS = {
     **divergence_cases.HANDLERS,
@@ -123,14 +121,14 @@ def test_a_run_against_another_folder_fails_where_that_folder_disagrees(copied_s
     entry = OURS["vanilla_kd__forward_kl"]
     (copied_shipped / "index.json").write_text(json.dumps({"cases": [entry]}), encoding="utf-8")
     selected = f"{__file__}::test_everything_that_the_index_expects_comes_out"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
-    environment = {**os.environ, "LIT_LLM_GOLDEN": str(copied_shipped.parent)}
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
+    environment = {"LIT_LLM_GOLDEN": str(copied_shipped.parent)}
     root = Path(__file__).parents[2]
 
-    agrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    agrees = run_python(*command, cwd=root, environment=environment)
     assert agrees.returncode == 0, agrees.stdout
     assert "2 passed" in agrees.stdout
 
     change_largest_value(copied_shipped, entry)
-    disagrees = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    disagrees = run_python(*command, cwd=root, environment=environment)
     assert disagrees.returncode == 1, disagrees.stdout

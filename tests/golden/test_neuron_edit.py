@@ -7,10 +7,7 @@ values from the rules of its design. GPT-2 keeps its down projection transposed,
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.golden import editing_metric_cases, neuron_edit_cases
 from tests.golden.golden import family_folder
 from tests.golden.neuron_edit_cases import INPUTS, Case
+from tests.processes import Finished, run_python
 
 FOLDER = family_folder("neuron_edit")
 INDEX = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
@@ -88,12 +86,10 @@ def test_a_run_against_another_folder_fails_where_that_folder_disagrees(tmp_path
     for file in (entry["file"], OURS["models"]["gpt2_s3"]["file"], "metrics.safetensors"):
         shutil.copy(SHIPPED / file, folder / file)
     selected = f"{__file__}::test_everything_that_the_index_expects_comes_out"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
-    environment = {**os.environ, "LIT_LLM_GOLDEN": str(tmp_path)}
+    command = ["-m", "pytest", "-v", "-p", "no:cacheprovider", selected]
 
-    def run() -> subprocess.CompletedProcess:
-        root = Path(__file__).parents[2]
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    def run() -> Finished:
+        return run_python(*command, cwd=Path(__file__).parents[2], environment={"LIT_LLM_GOLDEN": str(tmp_path)})
 
     agrees = run()
     assert agrees.returncode == 0, agrees.stdout

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.processes import fit_in_two_processes
 from tests.tiny_runs import METHODS, fit, tiny_config
-from tests.two_processes import fit_in_two_processes
 
 # the published masked means are over a micro-batch; this switch makes them independent of how a batch is split, and
 # greedy answers to all prompts do not depend on it either

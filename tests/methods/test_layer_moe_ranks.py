@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.expert_counts import read_counts
+from tests.processes import Finished, fit_in_two_processes
 from tests.tiny_languages import language_config
 from tests.tiny_runs import fit
-from tests.two_processes import Finished, fit_in_two_processes
 
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 DOUBLE, SINGLE = "--trainer.precision=64-true", "--trainer.precision=32-true"

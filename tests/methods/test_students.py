@@ -14,9 +14,9 @@ from lit_llm.methods.kd import KD
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.projector import ClosedFormStudentToTeacher
 from lit_llm.training_cli import TrainingCLI
+from tests.processes import fit_in_two_processes
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
 from tests.tiny_runs import fit, tiny_config
-from tests.two_processes import fit_in_two_processes
 
 TEXTS = [
     ("Name a cat. ", "The cat saw naïve dogs."),

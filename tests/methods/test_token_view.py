@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lit_llm.callbacks.report_data import read_run
 from lit_llm.losses.adaptive_policy import adaptive_coefficient
 from lit_llm.methods import token_view
+from tests.processes import fit_in_two_processes
 from tests.tiny_runs import fit, tiny_config
-from tests.two_processes import fit_in_two_processes
 
 
 @pytest.fixture(scope="module")

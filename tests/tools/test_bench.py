@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import Finished, run_python
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+def bench(*arguments: str) -> Finished:
+    return run_python(ROOT / "tools" / "bench.py", *arguments, cwd=ROOT)
 
 
 STEP = ["lit_llm", "lit_llm store", "plain PyTorch"]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.processes import Finished, run_python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def compare(*arguments: str) -> Finished:
+    return run_python(ROOT / "tools" / "compare_runs.py", *arguments, cwd=ROOT)
 
 
 @pytest.fixture

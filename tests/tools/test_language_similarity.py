@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lit_llm.evaluation.language_similarity import SimilarityReport
 from lit_llm.models.allocation import by_budget
+from tests.processes import Finished, run_python
 from tests.tiny import tiny_model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +32,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def tool(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "language_similarity.py"), str(folder / "model"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+def tool(folder: Path, *options: str) -> Finished:
+    return run_python(ROOT / "tools" / "language_similarity.py", folder / "model", *options, cwd=ROOT)
 
 
 def test_files_of_all_kinds_give_a_report_that_experts_are_allocated_by(files, tmp_path):

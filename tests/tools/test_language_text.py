@@ -1,9 +1,8 @@
 """The table of how much text there is: counts that can be checked by hand."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+from tests.processes import run_python
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
 
 ROOT = Path(__file__).parents[2]
@@ -13,8 +12,7 @@ def test_passages_bytes_and_tokens_are_counted_by_language(tmp_path):
     lines = ["Az oldal nem található.", "Új sor következik.", "Az oldal nem található.", ""]
     (tmp_path / "hu.txt").write_text("\n".join(lines), encoding="utf-8")
     folder = tiny_model_folder(tmp_path / "model")
-    command = [sys.executable, "tools/language_text.py", str(tmp_path / "hu.txt"), "hu", "--tokenizer", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = run_python("tools/language_text.py", tmp_path / "hu.txt", "hu", "--tokenizer", folder, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     kept = lines[:2]
     num_bytes = sum(len(line.encode()) for line in kept)

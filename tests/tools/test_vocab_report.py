@@ -1,13 +1,12 @@
 """The report on two vocabularies: counts that can be checked by hand, and advice that fits them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.processes import Finished, run_python
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = ["The cat sat on the mat.", "Café naïve déjà vu", "Name three colours."]
@@ -22,9 +21,8 @@ def folders(tmp_path_factory):
     return folder
 
 
-def report(folder, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "vocab_report.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+def report(folder, *options: str) -> Finished:
+    return run_python(ROOT / "tools" / "vocab_report.py", *options, cwd=ROOT)
 
 
 def as_json(folder, student: str, teacher: str) -> dict:
