@@ -97,13 +97,6 @@ def segments(expert_Mk: Tensor, stacks: list[int], on_host: bool) -> list[Segmen
     return found
 
 
-def loop_product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, counts: list[int]) -> Tensor:
-    """(n, O) rows times the weight of their expert, one product per expert; empty ones too, for their gradients."""
-    biases = [None] * len(counts) if bias_EO is None else bias_EO.unbind()
-    pieces = zip(x_nI.split(counts), weight_EOI.unbind(), biases)
-    return torch.cat([F.linear(piece, weight, bias) for piece, weight, bias in pieces])
-
-
 def grouped_product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, ends_E: Tensor) -> Tensor:
     """(n, O) rows times the weight of their expert, in one product; rows beyond the last end have no meaning."""
     device = x_nI.device.type
@@ -121,7 +114,7 @@ def grouped_product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, en
 
 
 def backend(wanted: Dispatch, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> str:
-    """`grouped` or `loop`: what is wanted, or for `auto` the grouped product wherever it works.
+    """`grouped` or `loop`: what is wanted, or for `auto` the loop on a CPU, elsewhere the grouped product where it works.
 
     Args:
         dtype: of the product.
@@ -130,7 +123,7 @@ def backend(wanted: Dispatch, dtype: torch.dtype, device: torch.device, widths: 
     Raises:
         ValueError: `grouped` is wanted and does not work here.
     """
-    if wanted == "loop":
+    if wanted == "loop" or (wanted == "auto" and device.type == "cpu"):
         return "loop"
     obstacle = _obstacle(dtype, device, widths)
     if wanted == "grouped" and obstacle is not None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from lit_llm.models import dispatch
 from lit_llm.models.dispatch import Dispatch, Segment
+from lit_llm.models.expert_loop import loop_experts
 from lit_llm.models.mlp_kinds import MlpKind, as_stack, is_plain, mlp_kind, stacked_layout, weight_of
 from lit_llm.models.routing_records import Collector, Routing, collect_routing
 
@@ -168,12 +169,15 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_nH: Tensor, segment: Segment, backend: str, base: nn.Module) -> Tensor:
         """(n, H) outputs of the segment's rows, each by its expert; activation and dropout are those of `base`."""
-        kind, (first, second) = self.kind, self.kind.stacked_names
-        projected = _product(x_nH, self.get_parameter(first), getattr(self, f"{first}_bias", None), segment, backend)
-        hidden_nF = kind.hidden([projected], kind.activation(base))
-        out_nH = _product(
-            hidden_nF, self.get_parameter(second), getattr(self, f"{second}_bias", None), segment, backend
-        )
+        kind, activation = self.kind, self.kind.activation(base)
+        first, second = ((self.get_parameter(name), getattr(self, f"{name}_bias", None)) for name in kind.stacked_names)
+        if backend == "loop":
+            out_nH = loop_experts(
+                x_nH, *first, *second, segment.counts, lambda projected: kind.hidden(projected, activation)
+            )
+        else:
+            projected = dispatch.grouped_product(x_nH, *first, segment.ends_E)
+            out_nH = dispatch.grouped_product(kind.hidden([projected], activation), *second, segment.ends_E)
         return functional.dropout(out_nH, kind.dropout(base), self.training)
 
     def extra_repr(self) -> str:
@@ -350,12 +354,6 @@ class _Anchored(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         zeros = None if ctx.logits is None else grad.new_zeros(ctx.logits[0], dtype=ctx.logits[1])
         return None, grad, zeros
-
-
-def _product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, segment: Segment, backend: str) -> Tensor:
-    if backend == "loop":
-        return dispatch.loop_product(x_nI, weight_EOI, bias_EO, segment.counts)
-    return dispatch.grouped_product(x_nI, weight_EOI, bias_EO, segment.ends_E)
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

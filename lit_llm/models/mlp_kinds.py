@@ -137,6 +137,12 @@ def _check(mlp: nn.Module, kind: MlpKind) -> None:
         return
     if not any(callable(getattr(mlp, name, None)) for name in _ACTIVATIONS):
         raise ValueError(f"{type(mlp).__name__} has no activation called {', '.join(_ACTIVATIONS)}.")
+    activation = kind.activation(mlp)
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError(
+            f"The activation of {type(mlp).__name__}, {type(activation).__name__}, has parameters, which experts would share "
+            f"with the MLP that they are copies of. This family is not supported."
+        )
     width = weight.shape[1]
     probe = torch.linspace(-1, 1, 3 * width, device=weight.device, dtype=torch.float32).sin().view(3, width)
     probe_nH = probe.to(weight.dtype)

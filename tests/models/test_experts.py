@@ -328,10 +328,11 @@ def test_grouped_products_are_refused_in_words_where_they_do_not_work():
         odd(torch.randn(1, 4, 15))
     odd.backend = "auto"
     odd(torch.randn(1, 4, 15))
-    cpu = torch.device("cpu")
-    assert dispatch.backend("auto", torch.float32, cpu, (16, 32)) == "grouped"
-    assert dispatch.backend("auto", torch.float32, cpu, (15, 32)) == "loop"
-    assert dispatch.backend("auto", torch.float64, cpu, (16, 32)) == "loop"
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert dispatch.backend("grouped", torch.float32, cpu, (16, 32)) == "grouped"
+    assert dispatch.backend("auto", torch.float32, cpu, (16, 32)) == "loop"
+    assert dispatch.backend("auto", torch.float32, gpu, (15, 32)) == "loop"
+    assert dispatch.backend("auto", torch.float64, gpu, (16, 32)) == "loop"
 
 
 def test_segments_of_fixed_length_hold_what_exact_ones_hold():
