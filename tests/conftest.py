@@ -11,12 +11,14 @@ from filelock import FileLock
 from hypothesis import settings
 
 from lit_llm.storage import write_atomically
-from tests import tiny
+from tests import processes, tiny
 
 # Tests that run side by side share the cores; so do the processes that they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+processes.preload()
 
 # A busy machine is slow, not wrong.
 settings.register_profile("lit_llm", deadline=None)

@@ -36,6 +36,11 @@ class Finished:
     stderr: str
 
 
+def preload() -> None:
+    """Say what the server imports; nothing starts yet. Loaders of data fork from the same server, so it must be early."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_PRELOADED))
+
+
 def run_python(*arguments: object, cwd: Path | None = None, environment: dict[str, str] | None = None) -> Finished:
     """`python ARGUMENTS`: `-m MODULE`, or a script.
 
@@ -60,7 +65,6 @@ def fit_in_two_processes(config: Path, *options: str) -> Finished:
 
 def _run(commands: Sequence[tuple[list[str], dict[str, str]]], cwd: Path | None) -> Finished:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(f"{folder}/{number}.out", f"{folder}/{number}.err") for number in range(len(commands))]
         processes = [

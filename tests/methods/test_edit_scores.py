@@ -7,7 +7,8 @@ from lit_llm.methods.edit_scores import EditScores, Question
 
 def question(fact: str, *, exact: bool, said: str | None) -> Question:
     predicted = (1,) if exact else (2,)
-    return Question(fact, "reliability", "en", f"{fact} is in", "Peru", predicted, (1,), said, "Peru", "Chad")
+    texts = {"prompt": f"{fact} is in", "answer": "Peru", "said": said, "wanted_said": "Peru", "said_before": "Chad"}
+    return Question(fact, "reliability", "en", **texts, predicted=predicted, wanted=(1,), nll=1.0)
 
 
 def test_a_matrix_holds_one_protocol_and_counts_only_questions_asked_by_it():
