@@ -100,7 +100,8 @@ class NeuronEdit(Editing):
 
     @property
     def together(self) -> bool:
-        return True  # a fact's values do not depend on other edits, and many at once cost less
+        """Always: no value depends on another edit (with `contrast`, on the other facts of the group), and many cost less."""
+        return True
 
     def compute(self, facts: Sequence[EditedFact], edits: EditSet, name: str) -> list[Edit]:
         made = self.editor.edit(facts)

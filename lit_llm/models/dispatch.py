@@ -99,9 +99,7 @@ def segments(expert_Mk: Tensor, stacks: list[int], on_host: bool) -> list[Segmen
 
 def grouped_product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, ends_E: Tensor) -> Tensor:
     """(n, O) rows times the weight of their expert, in one product; rows beyond the last end have no meaning."""
-    device = x_nI.device.type
-    # the grouped product knows nothing of autocast
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_EOI.dtype
+    dtype = product_dtype(weight_EOI)
     y_nO = F.grouped_mm(x_nI.to(dtype), weight_EOI.to(dtype).transpose(-2, -1), offs=ends_E)
     if bias_EO is None:
         return y_nO
@@ -111,6 +109,12 @@ def grouped_product(x_nI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, en
     # a product with zeros and ones: its gradient adds up in a fixed order
     bias_nO = mine_nE.to(dtype) @ bias_EO.to(dtype)
     return y_nO + torch.where(row_n < ends_E[-1], bias_nO, 0.0)  # no gradient from meaningless rows
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """Of products with this tensor: that of autocast, of which the products here know nothing themselves, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def backend(wanted: Dispatch, dtype: torch.dtype, device: torch.device, widths: tuple[int, ...]) -> str:

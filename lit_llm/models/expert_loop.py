@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_llm.models.dispatch import product_dtype
+
 Activation = Callable[[list[Tensor]], Tensor]
 
 
@@ -38,8 +40,7 @@ def loop_experts(
         counts: rows of each expert.
         hidden: what the last projection reads, from what the first ones give; without parameters and chance.
     """
-    device = x_nH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else in_EIH.dtype
+    dtype = product_dtype(in_EIH)
     tensors = [None if t is None else t.to(dtype) for t in (x_nH, in_EIH, in_bias_EI, out_EHF, out_bias_EH)]
     return _LoopExperts.apply(*tensors, counts, hidden)
 

@@ -307,7 +307,7 @@ class RoutedMLP(nn.Module):
 
     def _mix(self, x_MH: Tensor, routing: Routing) -> Tensor:
         """(M, H) weighted sum of the routed experts."""
-        dtype = self._product_dtype(x_MH)
+        dtype = dispatch.product_dtype(x_MH)
         backend = dispatch.backend(self.backend, dtype, x_MH.device, (self.hidden_size, self.inner_size))
         on_host = self.reads_counts(x_MH, backend)
         stacks = [1, *(bank.count for bank in self.experts.values())]
@@ -330,10 +330,6 @@ class RoutedMLP(nn.Module):
         """Whether the host learns how many rows each expert has: for free on a CPU, else only where nothing else works."""
         # what is not plain only its own forward can compute, and that needs exact rows
         return x_MH.device.type == "cpu" or backend == "loop" or not is_plain(self.base, self.kind)
-
-    def _product_dtype(self, x_MH: Tensor) -> torch.dtype:
-        device = x_MH.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MH.dtype
 
     def extra_repr(self) -> str:
         return f"layer={self.layer_index}, experts={self.num_experts}, experts_per_token={self.experts_per_token}"
