@@ -97,6 +97,15 @@ def test_the_mode_of_every_module_is_left_as_it_was_even_after_an_error(model, m
     assert model.transformer.generation_config is own
 
 
+def test_the_head_gets_dense_inputs_while_generating_and_as_before_afterwards(model):
+    dense = []
+    model.transformer.lm_head.register_forward_hook(lambda _, inputs, __: dense.append(inputs[0].is_contiguous()))
+    model.generate(PROMPTS, max_new_tokens=3, batch_size=5)
+    assert dense and all(dense)
+    model.transformer(torch.tensor(PROMPTS[:1] * 2), logits_to_keep=1)
+    assert not dense[-1]
+
+
 def test_dropout_is_off_while_generating(tmp_path):
     folder = tiny_model_folder(tmp_path, "gpt2", resid_pdrop=0.9, initializer_range=0.5)
     model = ModelSpec(source=str(folder)).load()
