@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import MAX_TOKENS
-from lit_llm.editing.row_batches import Item, RowBatch, row_batches
+from lit_llm.editing.row_batches import Item, RowBatch, Share, row_shares
 from lit_llm.editing.rows import Apply, Row
 from lit_llm.losses.head import Head
 
@@ -224,7 +224,7 @@ class SharedValues:
         self._index_FSn, self._real_FSn = _padded_indices(neurons, self.layers, body.device)
         self.delta_FSn = torch.zeros(self._index_FSn.shape, dtype=dtype, device=body.device, requires_grad=True)
         self._frozen_F = torch.zeros(len(facts), dtype=torch.bool, device=body.device)
-        self._batches = self._make_batches(range(len(facts)), read=True)
+        self._shares = self._make_shares(range(len(facts)), read=True)
         self.norm_FS = self._activation_norms()
 
     def backward(self, *, gradient: bool = True) -> FactLosses:
@@ -236,13 +236,13 @@ class SharedValues:
         self.delta_FSn.grad = torch.zeros_like(self.delta_FSn)
         nll_rows = [torch.zeros(len(fact.rows), dtype=self.delta_FSn.dtype) for fact in self.facts]
         nll_F, kl_F = self.delta_FSn.new_zeros(2, len(self.facts))
-        for batch in self._batches:
-            with self._hooks(batch), torch.set_grad_enabled(gradient):
-                batch_nll_F, batch_kl_F, row_nll_R = batch.losses(self.head, len(self.facts))
+        for share in self._shares:
+            with torch.set_grad_enabled(gradient):
+                share_nll_F, share_kl_F, row_nll_R = share.losses(self._hooks, self.head, len(self.facts))
             if gradient:
-                (batch_nll_F + self.optimising.kl_weight * batch_kl_F).sum().backward(inputs=[self.delta_FSn])
-            nll_F, kl_F = nll_F + batch_nll_F.detach(), kl_F + batch_kl_F.detach()
-            for (fact, row), value in zip(batch.places, row_nll_R.cpu(), strict=True):
+                (share_nll_F + self.optimising.kl_weight * share_kl_F).sum().backward(inputs=[self.delta_FSn])
+            nll_F, kl_F = nll_F + share_nll_F.detach(), kl_F + share_kl_F.detach()
+            for (fact, row), value in zip(share.places, row_nll_R.cpu(), strict=True):
                 nll_rows[fact][row] = value
         decay_F = ((self.delta_FSn**2).sum(-1) / self.norm_FS).sum(-1)
         (self.optimising.weight_decay * decay_F).sum().backward()
@@ -269,11 +269,11 @@ class SharedValues:
                 self.delta_FSn[fact] = 0.0
 
     def drop_frozen(self) -> None:
-        """Build the batches anew without frozen facts, once these are half of them."""
-        held = {fact for batch in self._batches for fact, _ in batch.places}
+        """Build the shares anew without frozen facts, once these are half of them."""
+        held = {fact for share in self._shares for fact, _ in share.places}
         running = [fact for fact in sorted(held) if not self._frozen_F[fact]]
         if 2 * len(running) <= len(held):
-            self._batches = self._make_batches(running)
+            self._shares = self._make_shares(running)
 
     def of_fact(self, fact: int) -> dict[int, Tensor]:
         """The values of one fact by layer, without padding."""
@@ -284,7 +284,7 @@ class SharedValues:
         """(F, S); the neurons were kept when the batches were built, which saves a pass over the prompts."""
         norm_FS = self.delta_FSn.new_zeros(len(self.facts), len(self.layers))
         languages_F = torch.tensor([fact.languages for fact in self.facts], device=self.body.device)
-        for batch in self._batches:
+        for batch in (batch for share in self._shares for batch in share.batches):
             owner_P = batch.neurons_fact_P
             for s, layer in enumerate(self.layers):
                 chosen_Pn = batch.neurons.pop(layer).to(norm_FS.dtype).gather(1, self._index_FSn[owner_P, s])
@@ -292,7 +292,7 @@ class SharedValues:
                 norm_FS[:, s].index_add_(0, owner_P, square_P)
         return norm_FS / languages_F[:, None]
 
-    def _make_batches(self, facts: Sequence[int], *, read: bool = False) -> list[RowBatch]:
+    def _make_shares(self, facts: Sequence[int], *, read: bool = False) -> list[Share]:
         items: list[Item] = []
         for fact in facts:
             rows = self.facts[fact]
@@ -303,7 +303,7 @@ class SharedValues:
                 items += [Item(fact, None, row, 1 / rows.languages) for row in rows.essence]
         first_layer = self.layers[0] if self._reuse else None
         read_layers = self.layers if read else ()
-        return row_batches(self.body, items, self.optimising.apply, first_layer, self._max_tokens, read_layers)
+        return row_shares(self.body, items, self.optimising.apply, first_layer, self._max_tokens, read_layers)
 
     def _hooks(self, batch: RowBatch):
         touched_AC1 = batch.touched_AC[..., None]

@@ -6,7 +6,9 @@ that are run, N = A * C, d hidden size, m neurons of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -55,12 +57,16 @@ class RowBatch:
 
     Attributes:
         fact_A: the fact of each row.
+        places: fact and number of each row with an answer.
         touched_AC: whether values are added there, in the grid that hooks see flattened; padding behind a row may be among
             them, nobody reads it.
         lookup_A: index of each row's lookup position in that grid, flattened.
-        places: fact and number of each row with an answer.
         neurons: (P, m) by read layer, of the untouched model.
         neurons_fact_P: the facts of their rows.
+        target_T, owner_T, length_T: of each position that predicts an answer: the token, the number of its row among those with
+            answers, and how many tokens that row has.
+        fact_R, weight_R, fact_E, weight_E: the facts of these rows and of the essence prompts, and the weights of their losses.
+        base_Ed: the untouched model's hidden states of the essence prompts.
     """
 
     def __init__(
@@ -89,34 +95,24 @@ class RowBatch:
         answers = [at for at, item in enumerate(items) if item.place is not None]
         essence = [at for at, item in enumerate(items) if item.place is None]
         self.places = [(items[at].fact, items[at].place) for at in answers]
-        self._fact_R, self._weight_R = self.fact_A[answers], self._weights(answers)
-        self._fact_E, self._weight_E = self.fact_A[essence], self._weights(essence)
+        self.fact_R, self.weight_R = self.fact_A[answers], self._weights(answers)
+        self.fact_E, self.weight_E = self.fact_A[essence], self._weights(essence)
         self._read_answers(answers)
         self._lookup_E = self.lookup_A[essence]
-        self._base_Ed = self._pass.base.flatten(0, 1)[self._lookup_E].clone()
-        self._base_EV: Tensor | None = None
+        self.base_Ed = self._pass.base.flatten(0, 1)[self._lookup_E].clone()
         self._pass.base = self._pass.base[:0]  # not needed any more
 
-    def losses(self, head: Head, facts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Under the hooks that are open: weighted sums per fact of the loss of answers and of the divergence of essence
-        prompts, (facts,), both differentiable; and the loss of each row's answer, detached.
+    @property
+    def tokens(self) -> int:
+        """That one pass runs, padding included."""
+        return len(self._items) * self._columns
+
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """Under the hooks that are open: last hidden states that predict answers, (T, d), and those of essence prompts at
+        their lookup positions, (E, d).
         """
         hidden_Nd = self._pass().flatten(0, 1)
-        log_prob_T = token_log_probs(hidden_Nd[self._at_T], head, self._target_T)
-        nll_R = log_prob_T.new_zeros(len(self.places)).index_add(0, self._owner_T, -log_prob_T / self._length_T)
-        nll_F = nll_R.new_zeros(facts).index_add(0, self._fact_R, nll_R * self._weight_R)
-        kl_F = nll_R.new_zeros(facts)
-        if len(self._lookup_E):
-            kl_E = token_divergence(hidden_Nd[self._lookup_E], head, *self._untouched(head), _AWAY)
-            kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
-        return nll_F, kl_F, nll_R.detach()
-
-    def _untouched(self, head: Head) -> tuple[Tensor, Head | None]:
-        """What essence prompts are compared with: the same logits in every step, or what they are formed from."""
-        if self._base_EV is None and len(self._base_Ed) * head.num_rows * head.weight_VD.element_size() <= _KEPT_BYTES:
-            with torch.no_grad():
-                self._base_EV = head.in_compute_dtype()(self._base_Ed)
-        return (self._base_Ed, head) if self._base_EV is None else (self._base_EV, None)
+        return hidden_Nd[self._at_T], hidden_Nd[self._lookup_E]
 
     def _reader(self, layer: int):
         """Keeps neurons of the passes of one building: of the columns that run once, then of the others."""
@@ -143,7 +139,7 @@ class RowBatch:
             owner_T += [order] * len(row.target)
             length_T += [len(row.target)] * len(row.target)
         tensors = [self._integers(values) for values in (at_T, target_T, owner_T, length_T)]
-        self._at_T, self._target_T, self._owner_T, self._length_T = tensors
+        self._at_T, self.target_T, self.owner_T, self.length_T = tensors
 
     def _touched(self, apply: Apply) -> Tensor:
         column_C = torch.arange(self._first_column, self._first_column + self._columns, device=self._device)
@@ -160,26 +156,96 @@ class RowBatch:
         return torch.tensor([self._items[at].weight for at in chosen], dtype=self._dtype, device=self._device)
 
 
-def row_batches(
+class Share:
+    """Batches whose positions meet the head together: it is read once for all of them, and with a large vocabulary that costs
+    more than the passes.
+
+    Args:
+        batches: at least one.
+
+    Attributes:
+        batches: the same.
+        places: fact and number of each row with an answer, over all batches.
+    """
+
+    def __init__(self, batches: Sequence[RowBatch]) -> None:
+        self.batches = list(batches)
+        self.places = [place for batch in batches for place in batch.places]
+        self._fact_R, self._weight_R, self._fact_E, self._weight_E, self._target_T, self._length_T, self._base_Ed = (
+            torch.cat([getattr(batch, name) for batch in batches])
+            for name in ("fact_R", "weight_R", "fact_E", "weight_E", "target_T", "length_T", "base_Ed")
+        )
+        before = [0, *accumulate(len(batch.places) for batch in batches)]
+        self._owner_T = torch.cat([batch.owner_T + rows for batch, rows in zip(batches, before, strict=False)])
+        self._base_EV: Tensor | None = None
+
+    def losses(
+        self, hooks: Callable[[RowBatch], AbstractContextManager], head: Head, facts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sums per fact of the loss of answers and of the divergence of essence prompts, (facts,), both
+        differentiable; and the loss of each row's answer, detached.
+
+        Args:
+            hooks: opens those of a batch.
+            head: frozen.
+            facts: how many there are.
+        """
+        hidden = []
+        for batch in self.batches:
+            with hooks(batch):
+                hidden.append(batch.hidden())
+        hidden_Td, hidden_Ed = (torch.cat(parts) for parts in zip(*hidden, strict=True))
+        log_prob_T = token_log_probs(hidden_Td, head, self._target_T)
+        nll_R = log_prob_T.new_zeros(len(self.places)).index_add(0, self._owner_T, -log_prob_T / self._length_T)
+        nll_F = nll_R.new_zeros(facts).index_add(0, self._fact_R, nll_R * self._weight_R)
+        kl_F = nll_R.new_zeros(facts)
+        if len(hidden_Ed):
+            kl_E = token_divergence(hidden_Ed, head, *self._untouched(head), _AWAY)
+            kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
+        return nll_F, kl_F, nll_R.detach()
+
+    def _untouched(self, head: Head) -> tuple[Tensor, Head | None]:
+        """What essence prompts are compared with: the same logits in every step, or what they are formed from."""
+        if self._base_EV is None and len(self._base_Ed) * head.num_rows * head.weight_VD.element_size() <= _KEPT_BYTES:
+            with torch.no_grad():
+                self._base_EV = head.in_compute_dtype()(self._base_Ed)
+        return (self._base_Ed, head) if self._base_EV is None else (self._base_EV, None)
+
+
+def row_shares(
     body: FeedForwards,
     items: Sequence[Item],
     apply: Apply,
     first_layer: int | None,
     max_tokens: int,
     read_layers: Sequence[int] = (),
-) -> list[RowBatch]:
-    """Rows in batches of similar ones: columns before the first changed one run once, so rows that change early and late go
-    apart. Arguments as in `RowBatch`.
+) -> list[Share]:
+    """Rows in batches of similar ones, and these in shares: columns before the first changed one run once, so rows that
+    change early and late go apart, and meet again at the head. A share has no more tokens than a batch may have. Arguments as
+    in `RowBatch`.
     """
     reuse = first_layer is not None
     alike: dict[int, list[Item]] = {}
     for item in items:
         alike.setdefault(_first_column([item], apply) // _COLUMNS_APART if reuse else 0, []).append(item)
-    return [
+    batches = [
         RowBatch(body, [group[index] for index in chosen], apply, first_layer, read_layers)
         for group in alike.values()
         for chosen in bunches([(0, len(item.row.inputs)) for item in group], max_tokens)
     ]
+    return [Share(together) for together in _together(batches, max_tokens)]
+
+
+def _together(batches: Sequence[RowBatch], max_tokens: int) -> Iterator[list[RowBatch]]:
+    """Neighbours with at most so many tokens; a single batch may have more."""
+    found: list[RowBatch] = []
+    for batch in batches:
+        if found and sum(other.tokens for other in found) + batch.tokens > max_tokens:
+            yield found
+            found = []
+        found.append(batch)
+    if found:
+        yield found
 
 
 def _first_column(items: Sequence[Item], apply: Apply) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import MAX_TOKENS, run_until
-from lit_llm.editing.row_batches import Item, RowBatch, row_batches
+from lit_llm.editing.row_batches import Item, RowBatch, Share, row_shares
 from lit_llm.editing.rows import Row, bunches, padded
 from lit_llm.losses.head import Head
 
@@ -115,13 +115,13 @@ def optimise_values(
     size_F = start_Fd.to(dtype).norm(dim=-1)
     delta_Fd = torch.zeros(start_Fd.shape, dtype=dtype, device=body.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta_Fd], lr=settings.learning_rate)
-    batches = _batches(body, requests, layer, max_tokens)
+    shares = _shares(body, requests, layer, max_tokens)
     running_F = torch.ones(len(requests), dtype=torch.bool, device=body.device)
     updates_F = torch.zeros(len(requests), dtype=torch.int64, device=body.device)
     for evaluation in range(settings.evaluations):
         last = evaluation == settings.evaluations - 1
         with torch.set_grad_enabled(not last):
-            loss_F = _backward(body, head, batches, delta_Fd, size_F, layer, site, settings)
+            loss_F = _backward(body, head, shares, delta_Fd, size_F, layer, site, settings)
         running_F &= torch.isfinite(loss_F) & (loss_F >= settings.stop_loss)
         if last or not running_F.any():
             break
@@ -148,28 +148,30 @@ def outputs_at(body: FeedForwards, rows: Sequence[Row], layer: int, site: Site) 
     return found
 
 
-def _batches(body: FeedForwards, requests: Sequence[Request], layer: int, max_tokens: int) -> list[RowBatch]:
+def _shares(body: FeedForwards, requests: Sequence[Request], layer: int, max_tokens: int) -> list[Share]:
     items: list[Item] = []
     for number, request in enumerate(requests):
         items += [Item(number, at, row, 1 / len(request.rows)) for at, row in enumerate(request.rows)]
         items.append(Item(number, None, request.essence, 1.0))
-    return row_batches(body, items, "lookup", layer, max_tokens)
+    return row_shares(body, items, "lookup", layer, max_tokens)
 
 
-def _backward(body, head: Head, batches, delta_Fd, size_F, layer: int, site: Site, settings: ValueSettings) -> Tensor:
+def _backward(body, head: Head, shares, delta_Fd, size_F, layer: int, site: Site, settings: ValueSettings) -> Tensor:
     """(F,) losses; leaves the gradient of their sum in `delta_Fd.grad` where gradients are enabled."""
     delta_Fd.grad = torch.zeros_like(delta_Fd)
     decay_F = settings.weight_decay * delta_Fd.norm(dim=-1) / size_F**2
     if decay_F.requires_grad:
         decay_F.sum().backward()
     total_F = decay_F.detach().clone()
-    for batch in batches:
 
-        def add(output_Nd: Tensor, batch=batch) -> Tensor:
+    def hooks(batch: RowBatch):
+        def add(output_Nd: Tensor) -> Tensor:
             return output_Nd.index_add(0, batch.lookup_A, delta_Fd[batch.fact_A].to(output_Nd.dtype))
 
-        with _at(body, site, layer, add):
-            nll_F, kl_F, _ = batch.losses(head.detach(), len(delta_Fd))
+        return _at(body, site, layer, add)
+
+    for share in shares:
+        nll_F, kl_F, _ = share.losses(hooks, head.detach(), len(delta_Fd))
         loss_F = nll_F + settings.kl_weight * kl_F
         if loss_F.requires_grad:
             loss_F.sum().backward(inputs=[delta_Fd])
