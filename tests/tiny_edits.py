@@ -22,19 +22,24 @@ def write_facts(path: Path, number: int = 8) -> Path:
     for i in range(number):
         by_lang = {}
         for code, words in WORDS.items():
-            prompt, other = words.format(TOWNS[i % 8]), TOWNS[(i + 1) % 8]
+            town, other = _town(i), TOWNS[(i + 1) % 8]
+            prompt = words.format(town)
             by_lang[code] = {
-                "subject": TOWNS[i % 8],
+                "subject": town,
                 "prompt": prompt,
                 "target_new": LANDS[code][i % 3],
                 "paraphrases": [f"So {prompt}"],
                 "rephrase": [f"The town of {prompt}"],
                 "locality": [{"prompt": f"A river near {other} and the sea", "answer": "Nile"}],
-                "portability": [{"prompt": f"In {TOWNS[i % 8]} they speak", "answer": "so"}],
+                "portability": [{"prompt": f"In {town} they speak", "answer": "so"}],
             }
         lines.append(json.dumps({"id": f"town-{i}", "relation": "land", "by_lang": by_lang}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _town(number: int) -> str:
+    return TOWNS[number % 8] + (f" {number // 8}" if number >= 8 else "")
 
 
 def edit_config(

@@ -4,7 +4,8 @@
 
 One line for each method: memory after the first tenth and at the end, slope of the line through everything from
 there on, and a verdict: `grows` where the line rises by more than 5% of the memory over the run and by more than twice its
-uncertainty. Status 1 where one grows. Methods: those of tests/tiny_runs.py.
+uncertainty. Status 1 where one grows. Methods: those of tests/tiny_runs.py, the two stages of LayerMoE (layer_moe_1, layer_moe_2)
+and neuron_edit, whose step is one fact and whose edits stay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ import lightning as L  # noqa: E402
 import numpy as np  # noqa: E402
 from forked import Process, lit_llm  # noqa: E402
 
+from tests.tiny_edits import edit_config, write_facts  # noqa: E402
+from tests.tiny_languages import language_config  # noqa: E402
 from tests.tiny_runs import METHODS, tiny_config  # noqa: E402
+
+ALL = (*METHODS, "layer_moe_1", "layer_moe_2", "neuron_edit")
 
 EVERY = 100
 LEAST = 3 * EVERY  # a line and its uncertainty take three points
@@ -50,7 +55,7 @@ class ResidentMemory(L.Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", choices=METHODS, metavar="METHOD")
+    parser.add_argument("methods", nargs="+", choices=ALL, metavar="METHOD")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
     if options.steps < LEAST:
@@ -74,13 +79,33 @@ def main() -> None:
 def soak(place: Path, method: str, steps: int) -> dict:
     """Train, and judge the memory of the process."""
     file = place / "memory.txt"
-    config = tiny_config(place, method, max_steps=steps, val_check_interval=steps // 10)
-    options = ["--trainer.callbacks+=soak.ResidentMemory", f"--trainer.callbacks.file={file}"]
+    config = _config(place, method, steps)
+    often = ["--trainer.limit_val_batches=2", f"--trainer.val_check_interval={steps // 10}"]
+    options = [*often, "--trainer.callbacks+=soak.ResidentMemory", f"--trainer.callbacks.file={file}"]
     call = lit_llm("fit", f"--config={config}", *options, "--checkpoint.every_n_train_steps=100")
+    _run(call, place)
+    return verdict(np.loadtxt(file), steps)
+
+
+def _config(place: Path, method: str, steps: int) -> Path:
+    if method == "layer_moe_2":
+        first = language_config(place / "first", 1, max_steps=2, val_check_interval=2)
+        _run(lit_llm("fit", f"--config={first}"), place)
+        (model,) = (place / "first" / "runs").rglob("model")
+        return language_config(place, 2, source=model, max_steps=steps)
+    if method == "layer_moe_1":
+        return language_config(place, 1, max_steps=steps)
+    if method == "neuron_edit":
+        config = edit_config(place, data={"batch_size": 1}, crossed=None)
+        write_facts(place / "facts.jsonl", steps)
+        return config
+    return tiny_config(place, method, max_steps=steps)
+
+
+def _run(call, place: Path) -> None:
     end = Process(call, place / "log").end(most=HUNG)
     if end.status:
-        raise RuntimeError(f"{method} ended with {end.status}: {end.said[-2000:]}")
-    return verdict(np.loadtxt(file), steps)
+        raise RuntimeError(f"a run in {place} ended with {end.status}: {end.said[-2000:]}")
 
 
 def verdict(samples: np.ndarray, steps: int) -> dict:
