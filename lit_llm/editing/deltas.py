@@ -58,13 +58,14 @@ class EditSet:
     Args:
         base: hash of the base's weights, see `base_digest`.
         edits: to begin with.
+        apart: they are never on the model together, so several of one subject and relation are no contradiction.
 
     Attributes:
         history: edits that others have replaced, the oldest first.
     """
 
-    def __init__(self, base: str, edits: Sequence[Edit] = ()) -> None:
-        self.base, self.history = base, []
+    def __init__(self, base: str, edits: Sequence[Edit] = (), *, apart: bool = False) -> None:
+        self.base, self.apart, self.history = base, apart, []
         self._edits: dict[str, Edit] = {}
         for edit in edits:
             self.add(edit)
@@ -86,6 +87,12 @@ class EditSet:
     def of_weights(self) -> list[WeightEdit]:
         return [edit for edit in self if isinstance(edit, WeightEdit)]
 
+    def copy(self) -> EditSet:
+        """The same edits in a set of its own."""
+        copied = EditSet(self.base, apart=self.apart)
+        copied._edits, copied.history = dict(self._edits), list(self.history)
+        return copied
+
     def add(self, edit: Edit, *, replace: bool = False) -> None:
         """Add an edit.
 
@@ -96,7 +103,7 @@ class EditSet:
             ValueError: there is one already and `replace` is not asked for; the id belongs to another fact; or cached values in
                 other layers than those of the cached edits that are there.
         """
-        same = [other for other in self if other.fact.is_same_question(edit.fact)]
+        same = [] if self.apart else self._same_question(edit)
         if same and not replace:
             raise ValueError(
                 f"{_question(same[0].fact)} is edited already, to {_targets(same[0].fact)} (edit {same[0].fact.id!r}); the new "
@@ -112,6 +119,16 @@ class EditSet:
         for other in same:
             self.history.append(self._edits.pop(other.fact.id))
         self._edits[edit.fact.id] = edit
+
+    def contradiction(self) -> tuple[Edit, Edit] | None:
+        """Two edits of one subject and relation, which only a set of edits that stay apart may have."""
+        if not self.apart:
+            return None
+        pairs = ((other, edit) for edit in self for other in self._same_question(edit) if other is not edit)
+        return next(pairs, None)
+
+    def _same_question(self, edit: Edit) -> list[Edit]:
+        return [other for other in self if other.fact.is_same_question(edit.fact)]
 
     def remove(self, name: str | None = None) -> list[Edit]:
         """Take out one edit, or all; returns what was taken out.
@@ -140,6 +157,7 @@ class EditSet:
         told = {
             "format": _FORMAT,
             "base": self.base,
+            "apart": self.apart,
             "edits": [_describe(edit, f"{number}", tensors) for number, edit in enumerate(self)],
             "history": [_describe(edit, f"history.{number}", tensors) for number, edit in enumerate(self.history)],
         }
@@ -172,7 +190,7 @@ class EditSet:
 
     @classmethod
     def _restored(cls, told: dict[str, Any], tensors: Mapping[str, Tensor]) -> EditSet:
-        edits = cls(told["base"])
+        edits = cls(told["base"], apart=told.get("apart", False))
         for number, described in enumerate(told["edits"]):
             edit = _restore(described, f"{number}", tensors)
             edits._edits[edit.fact.id] = edit

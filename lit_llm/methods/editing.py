@@ -77,6 +77,11 @@ class Editing(Method):
             raise ValueError(
                 f"model.crossed is {crossed}, which edits in each language by turns, but model.edited_in is {edited_in}. Keep one."
             )
+        if single and replace:
+            raise ValueError(
+                "model.replace is true, but with model.single every fact is edited in the untouched model, so there is no "
+                "earlier edit to replace. Leave replace out."
+            )
         _check_greedy(generation)
         super().__init__(student, generation=generation)
         self.automatic_optimization = False
@@ -126,9 +131,9 @@ class Editing(Method):
         self.student.requires_grad_(False).eval()
         keep_base_out_of_checkpoints(self.student)
         self.model = EditedModel(self.student, self.trigger)
-        self.edits = EditSet(self.model.digest)
+        self.edits = EditSet(self.model.digest, apart=self.single)
         languages = self._data_languages() if self.crossed and self._trainer is not None else []
-        self.alone = {language: EditSet(self.model.digest) for language in languages}
+        self.alone = {language: EditSet(self.model.digest, apart=self.single) for language in languages}
 
     def train(self, mode: bool = True) -> Editing:
         """The student stays in eval mode: dropout would change what is edited."""
@@ -189,7 +194,7 @@ class Editing(Method):
         """All edits of the group, or none."""
         groups = [facts] if self.together else [[fact] for fact in facts]
         made = [edit for group in groups for edit in self.compute(group, self._earlier(edits), name)]
-        grown = EditSet.from_state(edits.state())
+        grown = edits.copy()
         for edit in made:
             grown.add(edit, replace=self.replace)
         for edit in made:
@@ -327,13 +332,19 @@ class Editing(Method):
                 "model.single is true: each change of the weights was made alone, so no edited model is written."
             )
             return {}
+        if (pair := self.edits.contradiction()) is not None:
+            rank_zero_info(
+                f"model.single is true, and edits of this run contradict each other ({pair[0].fact.id!r} and "
+                f"{pair[1].fact.id!r} are of one subject and relation), so no {EDITS_FILE} is written."
+            )
+            return {}
         if self.edits.cached:
             rank_zero_info(
                 f"{len(self.edits.cached)} edits are cached values beside the model, so no model/ is written. {EDITS_FILE} acts "
                 f"on the base: python -m lit_llm ask --model {self.student_spec.source} --edits {self.run_folder / EDITS_FILE}; "
                 f"bake instead of ask writes it into weights, which then also act on other texts."
             )
-            return {EDITS_FILE: self.edits.save}
+            return {EDITS_FILE: EditSet(self.edits.base, list(self.edits)).save if self.single else self.edits.save}
         return {EDITS_FILE: self.edits.save, "model": self.export}
 
     def export(self, folder: Path) -> None:

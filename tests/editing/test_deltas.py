@@ -109,6 +109,17 @@ def test_an_edit_of_an_edit_is_refused_unless_it_is_asked_for():
     assert [edit.fact.id for edit in edits.history] == ["a"]
 
 
+def test_edits_that_stay_apart_may_contradict_each_other_also_after_they_were_read():
+    edits = EditSet("base", [low_rank("a", subject="France")], apart=True)
+    assert edits.contradiction() is None
+    edits.add(low_rank("b", subject="France", target="Nice"))
+    for found in (edits, edits.copy(), EditSet.from_state(edits.state())):
+        assert [edit.fact.id for edit in found.contradiction()] == ["b", "a"]
+    copied = edits.copy()
+    copied.remove("a")
+    assert len(edits) == 2 and copied.contradiction() is None
+
+
 def test_without_a_relation_the_prompts_tell_whether_two_edits_are_the_same():
     one = FactText("a", {"en": "France"}, {"en": "Capital of France?"}, {"en": "x"})
     same = FactText("b", {"en": "France", "de": "Frankreich"}, {"en": "capital of  France?"}, {"en": "y"})

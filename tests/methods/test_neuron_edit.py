@@ -209,7 +209,7 @@ def test_other_data_and_more_epochs_are_refused(tmp_path):
         fit(config, "--data=Instructions", f"--data.train={rows}", "--data.template=plain")
 
 
-def test_a_fact_that_is_edited_already_is_refused_or_replaced(tmp_path):
+def test_a_fact_that_is_edited_already_is_refused_or_replaced_and_edited_twice_where_each_is_alone(tmp_path):
     config = edit_config(tmp_path, data={"batch_size": 1})
     rows = [json.loads(line) for line in (tmp_path / "facts.jsonl").read_text().splitlines()[:2]]
     rows[1] |= {"by_lang": {code: {**entry, "target_new": "the"} for code, entry in rows[0]["by_lang"].items()}}
@@ -218,6 +218,10 @@ def test_a_fact_that_is_edited_already_is_refused_or_replaced(tmp_path):
     (tmp_path / "facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match="is edited already"):
         fit(config)
+    single = fit(config, "--model.single=true", f"--run.root={tmp_path / 'single'}").model
+    assert len(single.edits) == 2 and not (single.run_folder / EDITS_FILE).exists()  # two that contradict each other
+    with pytest.raises(ValueError, match="model.replace is true, but with model.single"):
+        fit(config, "--model.single=true", "--model.replace=true")
     replaced = edits_of(fit(config, "--model.replace=true"))
     assert len(replaced) == 1 and len(replaced.history) == 1
 
