@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import datasets  # noqa: F401  now: its log writes to the stderr that it first sees, and that of a test would be closed later
 import pytest
 import torch
 from filelock import FileLock

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 import yaml
 
@@ -180,3 +182,18 @@ def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tens
 def fit(config: Path, *options: str) -> TrainingCLI:
     """Run `fit` in this process."""
     return TrainingCLI.run(["fit", "--config", str(config), *options])
+
+
+def assert_same_logs(ours: Path, theirs: Path, tolerance: float = 1e-6) -> None:
+    """Two runs have logged the same numbers in training, but for speed."""
+    (our, their) = (_logged(run) for run in (ours, theirs))
+    assert our.keys() == their.keys() and "train/loss" in our and "train/grad_norm" in our
+    for name, values in our.items():
+        assert their[name] == pytest.approx(values, rel=tolerance, abs=tolerance), name
+
+
+def _logged(run: Path) -> dict[str, list[float]]:
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name.startswith("train/")]
+    return {name: [float(row[name]) for row in rows if row[name]] for name in names}

@@ -57,7 +57,7 @@ class NanGuard(L.Callback):
     batch as a dictionary of its fields; of several processes each keeps its own. Logs `train/skipped_steps`, how many so far,
     where steps may be skipped.
 
-    Reads `examples` of a batch, where it has them, and `run_folder` of the method.
+    Reads `examples` of a batch, where it has them, `run_folder` and `step_sums` of the method.
 
     Args:
         gradients: look at the gradient too, which costs one pass over it.
@@ -113,7 +113,8 @@ class NanGuard(L.Callback):
             self._log(pl_module)
             return
         kept = self._keep(trainer, values.tolist(), batches)
-        message = _message(trainer, values.tolist(), [tuple(getattr(batch, "examples", ())) for batch in batches])
+        examples = [tuple(getattr(batch, "examples", ())) for batch in batches]
+        message = _message(trainer, values.tolist(), examples, pl_module.step_sums.here())
         self._skipped += 1
         if self.non_finite.action == "stop" or self._skipped > self.non_finite.most:
             raise NonFiniteLoss(f"{message}{self._way_on()}{kept}")
@@ -161,18 +162,17 @@ def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return nn.utils.get_total_norm(gradients).float() if gradients else torch.zeros(())
 
 
-def _message(trainer: L.Trainer, losses: list[float], examples: list[tuple[int, ...]]) -> str:
+def _message(trainer: L.Trainer, losses: list[float], examples: list[tuple[int, ...]], terms: dict[str, float]) -> str:
     broken = [i for i, loss in enumerate(losses) if loss - loss != 0]  # inf - inf and nan - nan are not 0
     if broken:
         what = f"The training loss is {losses[broken[0]]}, which is not finite,"
     else:
         what = f"The gradient is not finite (the loss is: {', '.join(f'{loss:.4g}' for loss in losses)})"
     ids = sorted({example for i in broken or range(len(examples)) for example in examples[i]})
-    terms = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
     return (
         f"{what} at optimizer step {trainer.global_step + 1}; the weights are still those of step "
         f"{trainer.global_step}.\n"
-        f"  Last terms: {', '.join(f'{name} {value:.4g}' for name, value in terms.items()) or 'none were logged'}.\n"
+        f"  Terms of the step: {', '.join(f'train/{name} {value:.4g}' for name, value in terms.items()) or 'none were logged'}.\n"
         f"  Lower the learning rate (optimization.lr), lengthen the warm-up or set trainer.gradient_clip_val."
         + (f"\n  If it comes again at this step, look at the training examples {_listed(ids)}." if ids else "")
     )

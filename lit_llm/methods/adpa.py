@@ -88,10 +88,10 @@ class ADPA(PreferenceDistillation):
         reward = self.advantage(hidden_TD, tokens, self.gamma * self.step_weight(batch, step_tokens))
         loss = self.sft_weight * self.step_weight(batch, batch.step_tokens) * ce.loss + reward.loss
 
-        self.log("train/loss", loss.detach())
+        self.log_loss(loss)
         self.log_step({"ce": ce.ce, "accuracy": ce.correct}, ce.tokens)
         self.log_step({"expected_advantage": reward.advantage_T.sum()}, tokens.num_supervised)
-        self.log("train/answer_tokens", tokens.num_supervised / len(batch.examples), batch_size=1)
+        self.log_step({"answer_tokens": tokens.num_supervised}, len(batch.examples))
         return loss
 
     def learned_on(self, batch: PreferenceBatch) -> tuple[TokenBatch, int]:

@@ -123,7 +123,7 @@ class AlignDistil(PreferenceDistillation):
         count = step_tokens if self.reduction == "token_mean" else batch.step_pairs
         terms = self.compared(tokens, weights.weight_T * self.step_weight(batch, count), frozen)
 
-        self.log("train/loss", terms.loss.detach())
+        self.log_loss(terms.loss)
         self._log_tokens(terms, tokens, samples)
         return terms.loss
 
@@ -163,11 +163,11 @@ class AlignDistil(PreferenceDistillation):
     def _log_tokens(self, terms: AdaptivePolicyTerms, tokens: TokenBatch, samples: int) -> None:
         """Means over answers of their means over tokens (section 14 of our specification), and the heaviest token."""
         self.log_step(self._means(terms, tokens, samples), samples)
-        self.log("train/answer_tokens", tokens.num_supervised / samples, batch_size=1)
+        self.log_step({"answer_tokens": tokens.num_supervised}, samples)
         if self.form == "decomposed":
             return
         heavy_T = terms.beta_T * terms.value_T
-        self.log("train/max_beta_kl", heavy_T.max(), batch_size=1, reduce_fx="max")
+        self.step_sums.largest("max_beta_kl", heavy_T.max())
         largest, mean = heavy_T.max(), heavy_T.abs().mean()
         if self.global_step == 0 and len(heavy_T) > 1 and largest > _LARGE * mean:
             rank_zero_warn(

@@ -27,6 +27,7 @@ from lit_llm.losses.fused_head import cross_entropy
 from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
+from lit_llm.methods.step_sums import StepSums
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.sharding import whole_shape
 
@@ -109,6 +110,7 @@ class Method(Answering):
             the first one is used where the data does not choose.
         data_classes: the data modules that it learns from.
         compiles_loss: whether `--compile_loss` has something to compile.
+        step_sums: what is logged of the optimizer step that is being made.
     """
 
     alignments: tuple[Alignment, ...] = ("bytes", "released")
@@ -132,6 +134,7 @@ class Method(Answering):
             )
         self.student_spec, self.optimization = student, optimization
         self.loss_chunk = loss_chunk
+        self.step_sums = StepSums()
         self.languages: LanguageEvaluation | None = None
         self._generators: dict[str, Any] | None = None
 
@@ -220,11 +223,19 @@ class Method(Answering):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr": self.optimization.lr},
         ]
 
-    def log_step(self, sums: dict[str, Tensor], count: int | Tensor) -> None:
-        """Log sums over one micro-batch as means over `count` tokens, without waiting for the device."""
+    def log_step(self, sums: dict[str, Tensor | float], count: int | Tensor) -> None:
+        """Log sums over one micro-batch, of `count` tokens, as means over those of the whole optimizer step."""
         for name, value in sums.items():
-            mean = value.detach() / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-            self.log(f"train/{name}", mean, batch_size=1)
+            self.step_sums.mean(name, value, count)
+
+    def log_loss(self, loss: Tensor) -> None:
+        """Log the loss that `training_step` returns; those of a step's micro-batches make up the one of the step."""
+        share = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self.step_sums.total("loss", loss.detach() / share)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        for name, value in self.step_sums.take(self._of_all_ranks).items():
+            self.log(f"train/{name}", value, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # DeepSpeed clips by itself, and says the norm afterwards

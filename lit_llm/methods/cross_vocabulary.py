@@ -81,7 +81,7 @@ class CrossVocabulary(Distillation, ABC):
 
         self.log_step({"ce": terms.ce, "kd": terms.kd, "accuracy": terms.correct}, terms.tokens)
         self.log_step({"align_ratio": self.num_paired(batch)}, terms.tokens)
-        self.log("train/loss", terms.loss.detach())
+        self.log_loss(terms.loss)
         return terms.loss
 
     def loss_terms(self, batch: DistillationBatch) -> dict[str, Callable[[], Tensor]]:

@@ -70,7 +70,7 @@ class DCKD(PreferenceDistillation):
         chosen, rejected = self.compared(batch, **self._weights(batch))
         loss = chosen.loss + rejected.loss
 
-        self.log("train/loss", loss.detach())
+        self.log_loss(loss)
         sums = {"ce": chosen.ce, "accuracy": chosen.correct, "kl_chosen": chosen.kd, "agreement": chosen.agree}
         self.log_step(sums, chosen.tokens)
         self.log_step({"kl_rejected": rejected.kd}, rejected.tokens)

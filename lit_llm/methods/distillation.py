@@ -111,10 +111,10 @@ class Distillation(Method):
         if self.rollouts is None:
             return self.on_data(batch)
         compared = self.rollouts.compared(batch)
-        self.log("train/on_policy", float(compared.sampled), batch_size=1)
+        self.log_step({"on_policy": float(compared.sampled)}, 1)
         if compared.sampled:
             sampled = compared.batch.student
-            self.log("train/sampled_tokens", sampled.num_supervised / len(sampled.length_B), batch_size=1)
+            self.log_step({"sampled_tokens": sampled.num_supervised}, len(sampled.length_B))
         return compared
 
     @staticmethod

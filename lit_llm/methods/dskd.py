@@ -198,14 +198,14 @@ class DSKD(Distillation):
 
         if not compared.sampled:
             self.log_step({"ce": terms.ce, "accuracy": terms.correct}, terms.tokens)
-        self.log_step({"align_ratio": torch.tensor(terms.pairs)}, terms.tokens)
+        self.log_step({"align_ratio": terms.pairs}, terms.tokens)
         self.log_step({"t2s_accuracy": terms.t2s_correct, "s2t_agreement": terms.s2t_agree}, terms.pairs)
         self.log_step({"mapped_ratio": terms.mapped}, terms.pairs)
         mapped = {"t2s_ce": terms.t2s_ce, "s2t_kd": terms.s2t_kd, "t2s_agreement": terms.t2s_agree}
         self.log_step({**mapped, "agreement": terms.agree}, terms.mapped)
         self.log_step({"t2s_kd": terms.t2s_kd}, terms.masked)
         loss = terms.loss + data_loss
-        self.log("train/loss", loss.detach())
+        self.log_loss(loss)
         return loss
 
     def loss(

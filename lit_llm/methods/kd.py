@@ -91,7 +91,7 @@ class KD(Distillation):
         if not compared.sampled:
             self.log_step({"ce": terms.ce, "accuracy": terms.correct}, terms.tokens)
         loss = terms.loss + data_loss
-        self.log("train/loss", loss.detach())
+        self.log_loss(loss)
         return loss
 
     def loss(self, batch: DistillationBatch, teacher_TE: Tensor, *, ce_weight: float, kd_weight: float) -> HeadTerms:

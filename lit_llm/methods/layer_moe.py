@@ -213,7 +213,7 @@ class LayerMoE(Method):
             self.log_step({name: term.loss}, term.tokens)
         if "balance" in terms:
             self._log_balance(terms["balance"])
-        self.log("train/loss", loss.detach(), batch_size=1)
+        self.log_loss(loss)
         self._log_languages(batch, nll_T.detach())
         self._log_window()
         return loss

@@ -107,7 +107,7 @@ class PreferenceDistillation(PreferenceMethod):
         if self.rollouts is None:
             return batch.chosen, batch.step_tokens
         compared = self.rollouts.compared(batch)
-        self.log("train/on_policy", float(compared.sampled), batch_size=1)
+        self.log_step({"on_policy": float(compared.sampled)}, 1)
         return compared.batch.student if compared.sampled else batch.chosen, compared.tokens
 
     # ------------------------------------------------------------ evaluation

@@ -23,6 +23,7 @@ from lit_llm.losses.scratch import release_scratch, scratch_bytes
 from lit_llm.methods.align_distil import AlignDistil
 from lit_llm.methods.base import Method
 from lit_llm.methods.frozen_pair import FrozenPair
+from lit_llm.methods.step_sums import StepSums
 from lit_llm.models.language_model import Frozen
 from lit_llm.planning.bodies import FakeModel, Precision
 from lit_llm.planning.cast import Batch, Cast
@@ -157,7 +158,8 @@ def _twin(method: Method, cast: Cast, widths: list[int]) -> Method:
     if hasattr(twin, "projectors"):  # a mask may let every row through
         twin.projectors = replace(twin.projectors, student_mask="none", agreement_threshold=1.0)
     twin.on_validation_epoch_start()  # what an evaluation gathers does not go to the method itself
-    twin.log = twin.log_means = lambda *arguments, **settings: None
+    twin.log = twin.log_loss = twin.log_means = lambda *arguments, **settings: None
+    twin.step_sums = StepSums()
     twin.step_weight = lambda batch, count: 1 / max(count, 1)
     twin.configure_model()
     return twin.train()

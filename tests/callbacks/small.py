@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_llm.callbacks.metrics_csv import MetricsCsv
 from lit_llm.evaluation.samples import Sample
 from lit_llm.evaluation.token_scores import TokenScores
+from lit_llm.methods.step_sums import StepSums
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SmallMethod(L.LightningModule):
         self.token_scores: list[TokenScores] = []
         self.histograms: dict[str, torch.Tensor] = {}
         self.validated_at: list[int] = []
+        self.step_sums = StepSums()
 
     @property
     def exports(self):
@@ -92,9 +94,13 @@ class SmallMethod(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         loss = self.student(self.dropout(batch.values)).square().mean()
-        self.log("train/loss", loss.detach(), batch_size=1)
-        self.log("train/ce", 2 * loss.detach(), batch_size=1)
+        self.step_sums.mean("loss", loss, 1)
+        self.step_sums.mean("ce", 2 * loss, 1)
         return loss
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        for name, value in self.step_sums.take(lambda ours: [ours]).items():
+            self.log(f"train/{name}", value, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.draws_in_validation:

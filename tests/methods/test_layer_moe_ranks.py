@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.expert_counts import read_counts
 from tests.processes import Finished, fit_in_two_processes
 from tests.tiny_languages import language_config
-from tests.tiny_runs import fit
+from tests.tiny_runs import assert_same_logs, fit
 
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 DOUBLE, SINGLE = "--trainer.precision=64-true", "--trainer.precision=32-true"
@@ -86,6 +86,7 @@ def test_two_processes_train_the_same_weights_as_one(first, tmp_path, stage, pre
     done = of_two_processes(language_config(tmp_path / "two", stage, **settings), precision)
     assert done.returncode == 0, done.stderr[-2000:]
     assert gap(last_weights(tmp_path / "two", stage), ours) < near
+    assert_same_logs(*(tmp_path / run / "runs" / f"stage{stage}" / "version_0" for run in ("one", "two")), near)
     if stage == 1:
         check_loads_were_unequal(tmp_path / "two")
 
