@@ -19,7 +19,7 @@ from lit_llm.editing.passes import Pass, Restarted, Whole
 from lit_llm.editing.rows import Apply, Row, bunches, padded
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.head import Head
-from lit_llm.losses.token_divergence import token_divergence
+from lit_llm.losses.token_divergence import log_probs_and_divergence, token_divergence
 from lit_llm.losses.token_log_probs import token_log_probs
 
 _AWAY = Divergence(name="reverse_kl", temperature=1.0)  # KL(edited || untouched)
@@ -195,21 +195,23 @@ class Share:
             with hooks(batch):
                 hidden.append(batch.hidden())
         hidden_Td, hidden_Ed = (torch.cat(parts) for parts in zip(*hidden, strict=True))
-        log_prob_T = token_log_probs(hidden_Td, head, self._target_T)
+        base_EV = self._untouched_logits(head)
+        if base_EV is not None:
+            log_prob_T, kl_E = log_probs_and_divergence(hidden_Td, self._target_T, hidden_Ed, base_EV, head, _AWAY)
+        else:
+            log_prob_T = token_log_probs(hidden_Td, head, self._target_T)
+            kl_E = token_divergence(hidden_Ed, head, self._base_Ed, head, _AWAY)
         nll_R = log_prob_T.new_zeros(len(self.places)).index_add(0, self._owner_T, -log_prob_T / self._length_T)
         nll_F = nll_R.new_zeros(facts).index_add(0, self._fact_R, nll_R * self._weight_R)
-        kl_F = nll_R.new_zeros(facts)
-        if len(hidden_Ed):
-            kl_E = token_divergence(hidden_Ed, head, *self._untouched(head), _AWAY)
-            kl_F = kl_F.index_add(0, self._fact_E, kl_E * self._weight_E)
+        kl_F = nll_R.new_zeros(facts).index_add(0, self._fact_E, kl_E * self._weight_E)
         return nll_F, kl_F, nll_R.detach()
 
-    def _untouched(self, head: Head) -> tuple[Tensor, Head | None]:
-        """What essence prompts are compared with: the same logits in every step, or what they are formed from."""
+    def _untouched_logits(self, head: Head) -> Tensor | None:
+        """What essence prompts are compared with: the same in every step, unless they are too many to be kept."""
         if self._base_EV is None and len(self._base_Ed) * head.num_rows * head.weight_VD.element_size() <= _KEPT_BYTES:
             with torch.no_grad():
                 self._base_EV = head.in_compute_dtype()(self._base_Ed)
-        return (self._base_Ed, head) if self._base_EV is None else (self._base_EV, None)
+        return self._base_EV
 
 
 def row_shares(

@@ -73,7 +73,7 @@ def best_tokens(
         if len(target_C):
             logits_CV = frozen(hidden_CD)
             best.append(logits_CV.argmax(-1))
-            log_probs.append(_log_prob_(logits_CV, target_C, False)[0])
+            log_probs.append(log_prob_(logits_CV, target_C, False)[0])
     return torch.cat(best), torch.cat(log_probs)
 
 
@@ -130,7 +130,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if reference is not None:
                 kl_C, reference_C, gradient_CV = _kl(logits_CV, target_T[span], reference[0][span], reference[1], unit)
                 found, at = [kl_C, reference_C], [gradient_CV]
-            log_prob_C, gradient_CV = _log_prob_(logits_CV.detach(), target_T[span], unit)
+            log_prob_C, gradient_CV = log_prob_(logits_CV.detach(), target_T[span], unit)
             values.append([log_prob_C, *found])
             if unit:
                 gradients.append([_carried_on(at_CV, logits_CV, hidden_CD) for at_CV in (gradient_CV, *at)])
@@ -166,7 +166,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if others:
                 _, _, kl_gradient_CV = _kl(logits_CV, target_C, others[1], ctx.reference[1], True)
                 kl_gradient_CV.mul_(others[0][:, None])
-            _, gradient_CV = _log_prob_(logits_CV.detach(), target_C, True, value=False)
+            _, gradient_CV = log_prob_(logits_CV.detach(), target_C, True, value=False)
             gradient_CV.mul_(weight_C[:, None])
             if kl_gradient_CV is not None:
                 gradient_CV[:, : kl_gradient_CV.shape[1]] += kl_gradient_CV
@@ -182,7 +182,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _log_prob_(
+def log_prob_(
     logits_CV: Tensor, target_C: Tensor, wanted: bool, value: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
     """log softmax(z)[target], (C,), and onehot(target) - softmax(z), (C, V), in the logits' place."""

@@ -7,7 +7,7 @@ import torch
 
 from lit_llm.losses.divergence import Divergence
 from lit_llm.losses.head import Head
-from lit_llm.losses.token_divergence import token_divergence
+from lit_llm.losses.token_divergence import log_probs_and_divergence, token_divergence
 
 
 def parts(seed: int = 0):
@@ -64,3 +64,30 @@ def test_sides_that_do_not_match_are_refused():
         token_divergence(hidden, head, reference[:6], reference_head, Divergence())
     with pytest.raises(ValueError, match="over 10 tokens"):
         token_divergence(hidden, head, reference, reference_head.rows(10), Divergence())
+
+
+@pytest.mark.parametrize("answers", [0, 4, 7], ids=["no answers", "both", "nothing compared"])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_log_probabilities_and_a_divergence_from_one_product_are_those_of_two(chunk_size, answers):
+    hidden, head, reference, reference_head = parts()
+    divergence, kept = Divergence("reverse_kl", temperature=1.0), reference_head(reference)[answers:]
+    before, target = kept.clone(), torch.arange(answers)
+    weight = torch.linspace(0.1, 2.0, 7, dtype=torch.float64)
+
+    ours = hidden.clone().requires_grad_()
+    found = log_probs_and_divergence(
+        ours[:answers], target, ours[answers:], kept, head, divergence, chunk_size=chunk_size
+    )
+    (torch.cat(found) * weight).sum().backward()
+    plain = hidden.clone().requires_grad_()
+    wanted = head(plain[:answers]).log_softmax(-1)[range(answers), target], divergence(head(plain[answers:]), kept)
+    (torch.cat(wanted) * weight).sum().backward()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(ours.grad, plain.grad)
+    assert torch.equal(kept, before)
+    with torch.no_grad():
+        alone = log_probs_and_divergence(hidden[:answers], target, hidden[answers:], kept, head, divergence)
+    torch.testing.assert_close(torch.cat(alone), torch.cat(wanted))
+    with pytest.raises(ValueError, match="both must agree"):
+        log_probs_and_divergence(hidden[:answers], target, hidden[answers:], kept[:, :10], head, divergence)
