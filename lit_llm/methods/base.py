@@ -234,7 +234,10 @@ class Method(Answering):
         self.step_sums.total("loss", loss.detach() / share)
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        for name, value in self.step_sums.take(self._of_all_ranks).items():
+        # processes exchange numbers only for a step that is written
+        written = (self.global_step + 1) % max(self.trainer.log_every_n_steps, 1) == 0
+        alone = self.trainer.world_size == 1
+        for name, value in self.step_sums.take(self._of_all_ranks if alone or written else None).items():
             self.log(f"train/{name}", value, batch_size=1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:

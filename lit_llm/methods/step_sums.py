@@ -53,13 +53,15 @@ class StepSums:
         """Of this process, so far."""
         return {name: float(found.result()) for name, found in self._found.items()}
 
-    def take(self, of_all_ranks: Callable[[Any], list[Any]]) -> dict[str, Tensor | float]:
+    def take(self, of_all_ranks: Callable[[Any], list[Any]] | None) -> dict[str, Tensor | float]:
         """Of all micro-batches and processes; what follows begins anew.
 
         Args:
-            of_all_ranks: gives the objects of all processes, in the order of their ranks.
+            of_all_ranks: gives the objects of all processes, in the order of their ranks; None: nobody wants the results.
         """
         ours, self._found = self._found, {}
+        if of_all_ranks is None:
+            return {}
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ours = _read(ours)
         merged: dict[str, _Found] = {}
