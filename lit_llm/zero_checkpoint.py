@@ -57,12 +57,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     try:
         with tensors_only():
-            return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG)
+            found = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(
             f"--ckpt_path {path}: the parts of the weights cannot be put together: {_first_line(error)}\n"
             f"  Take another checkpoint of {path.parent}."
         ) from error
+    whole = read_states(path)["module"]  # stage 1 divides what is trained alone, and puts nothing else together
+    return {**{name: value for name, value in whole.items() if name not in found and value.numel()}, **found}
 
 
 def check_processes(path: Path, world_size: int) -> None:

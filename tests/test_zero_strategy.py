@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs lit_llm[deepspeed]")
 CASES = ("sft", "sft_leftover", "dskd_cross", "align", "moe1")  # leftover: 6 micro-batches in an epoch, 4 in a step
-STAGES, RESUMED = ("2", "3"), ("dskd_cross",)
+STAGES, RESUMED = ("1", "2", "3"), ("dskd_cross", "moe1")
 EVERY = [(case, stage) for case in CASES for stage in STAGES]
 
 
@@ -34,7 +34,7 @@ class Code:
 
 @pytest.fixture(scope="session")
 def found(once, tmp_path_factory) -> dict[tuple[str, str], dict]:
-    """What `tools/check_scale.py` notes, by case and stage; every case trains under DDP and under two stages of ZeRO."""
+    """What `tools/check_scale.py` notes, by case and stage; every case trains under DDP and under the stages of ZeRO."""
     return {(row["case"], row["stage"]): row for row in once("scale", lambda: compared(tmp_path_factory))}
 
 

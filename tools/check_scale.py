@@ -148,9 +148,10 @@ def two_nodes(work: Path) -> list[dict]:
     values = {version: metrics(run)[0] for version, run in runs.items()}
     found = []
     for ours, theirs in (("local", "one"), ("nodes", "local")):
-        gaps = {"val": gap(values[ours]["val/loss"], values[theirs]["val/loss"])}
-        if theirs == "local":  # what is logged of a step is that of the first process
-            gaps["loss"] = gap(values[ours]["train/loss"], values[theirs]["train/loss"])
+        gaps = {
+            column: gap(values[ours][name], values[theirs][name])
+            for column, name in (("loss", "train/loss"), ("val", "val/loss"))
+        }
         found.append({"case": f"{ours} beside {theirs}", "stage": "ddp", **gaps})
         found[-1]["weights"] = weight_gap(runs[ours], runs[theirs])
     return found

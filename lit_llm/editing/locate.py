@@ -32,7 +32,7 @@ class Locating:
             mean of the prompts' attributions (see `attribution`), for comparison.
         selection: per language: `topk` takes the largest ceil(`top_ratio` * m), `ratio` those above `ratio` times the largest,
             `threshold` those of at least `threshold` (for `freq_pos`).
-        top_ratio: of `topk`.
+        top_ratio: of `topk`; what is shared by few neurons carries over to other wordings less often.
         ratio: of `ratio`; 0.3 is the rule of arXiv 2104.08696.
         threshold: of `threshold`.
         combination: `intersection` over the languages, or `vote`: in at least `votes` of them.
@@ -46,7 +46,7 @@ class Locating:
 
     statistic: Statistic = "mean_abs"
     selection: Selection = "topk"
-    top_ratio: float = 0.1
+    top_ratio: float = 0.6
     ratio: float = 0.3
     threshold: float = 0.5
     combination: Combination = "intersection"

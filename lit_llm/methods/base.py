@@ -234,6 +234,8 @@ class Method(Answering):
         self.step_sums.total("loss", loss.detach() / share)
 
     def on_before_optimizer_step(self, optimizer) -> None:
+        if self.trainer.fit_loop._should_accumulate():  # DeepSpeed is asked for a step after every micro-batch
+            return
         # processes exchange numbers only for a step that is written
         written = (self.global_step + 1) % max(self.trainer.log_every_n_steps, 1) == 0
         alone = self.trainer.world_size == 1
