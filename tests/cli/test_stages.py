@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_in_a_stage_goes_on_there(config):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    for _ in range(2400):
+    for _ in range(12_000):
         if list(checkpoints.glob("*/checkpoints/last.ckpt")) or process.poll() is not None:
             break
         time.sleep(0.05)
