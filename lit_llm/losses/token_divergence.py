@@ -92,7 +92,17 @@ def log_probs_and_divergence(
     return value_N[: len(target_T)], value_N[len(target_T) :]
 
 
-class _LogProbsAndDivergence(torch.autograd.Function):
+class _KeptGradient(torch.autograd.Function):
+    """Keeps the gradient of its first of six inputs for a weight of one; the backward pass scales its rows."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, weight_N):
+        (unit_ND,) = ctx.saved_tensors
+        return unit_ND * weight_N[:, None].to(unit_ND.dtype), None, None, None, None, None
+
+
+class _LogProbsAndDivergence(_KeptGradient):
     @staticmethod
     def forward(ctx, hidden_ND, head, target_T, reference_SV, divergence, chunk_size):
         wanted, answers = ctx.needs_input_grad[0], len(target_T)
@@ -102,27 +112,20 @@ class _LogProbsAndDivergence(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 logits_CV = head(hidden_CD)
             kept_CV, first = at_least_float32(logits_CV.detach()), max(answers - start, 0)
-            log_prob_C, gradient_CV = log_prob_(kept_CV[:first], target_T[start : start + chunk_size], wanted)
-            gradients = [gradient_CV]
+            log_prob_C, of_answers_CV = log_prob_(kept_CV[:first], target_T[start : start + chunk_size], wanted)
             changed_CV, compared = kept_CV[first:].clone(), max(start - answers, 0)
             reference_CV = at_least_float32(reference_SV[compared : compared + len(changed_CV)].clone())
             exclude_infinite_(changed_CV, reference_CV)
-            value_C, gradient_CV = divergence_gradient_(divergence, changed_CV, reference_CV, wanted)
+            value_C, of_compared_CV = divergence_gradient_(divergence, changed_CV, reference_CV, wanted)
             values += [log_prob_C, value_C]
             if wanted:
-                gradient_CV = torch.cat([*gradients, gradient_CV]).to(logits_CV.dtype)
+                gradient_CV = torch.cat([of_answers_CV, of_compared_CV]).to(logits_CV.dtype)
                 units.append(torch.autograd.grad(logits_CV, hidden_CD, gradient_CV)[0])
         ctx.save_for_backward(torch.cat(units))
         return torch.cat(values)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, weight_N):
-        (unit_ND,) = ctx.saved_tensors
-        return unit_ND * weight_N[:, None].to(unit_ND.dtype), None, None, None, None, None
 
-
-class _TokenDivergence(torch.autograd.Function):
+class _TokenDivergence(_KeptGradient):
     @staticmethod
     def forward(ctx, hidden_TD, head, reference_TE, reference_head, divergence, chunk_size):
         wanted = ctx.needs_input_grad[0]
@@ -142,9 +145,3 @@ class _TokenDivergence(torch.autograd.Function):
                 units.append(torch.autograd.grad(logits_CV, hidden_CD, gradient_CV.to(logits_CV.dtype))[0])
         ctx.save_for_backward(torch.cat(units))
         return torch.cat(values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, weight_T):
-        (unit_TD,) = ctx.saved_tensors
-        return unit_TD * weight_T[:, None].to(unit_TD.dtype), None, None, None, None, None
