@@ -172,9 +172,7 @@ class ExpertBank(nn.Module):
         kind, activation = self.kind, self.kind.activation(base)
         first, second = ((self.get_parameter(name), getattr(self, f"{name}_bias", None)) for name in kind.stacked_names)
         if backend == "loop":
-            out_nH = loop_experts(
-                x_nH, *first, *second, segment.counts, lambda projected: kind.hidden(projected, activation)
-            )
+            out_nH = loop_experts(x_nH, *first, *second, segment.counts, activation)
         else:
             projected = dispatch.grouped_product(x_nH, *first, segment.ends_E)
             out_nH = dispatch.grouped_product(kind.hidden([projected], activation), *second, segment.ends_E)
