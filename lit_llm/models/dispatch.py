@@ -49,13 +49,21 @@ class Segment:
         """Whether each row is a slot of this stack, and rows are added to their tokens one after the other: on a CPU."""
         return self.position_Mk is None
 
-    def gather(self, x_MH: Tensor) -> Tensor:
-        """(n, H) rows of the tokens."""
-        return _Gather.apply(x_MH, self)
 
-    def combine(self, y_nH: Tensor, gate_Mk: Tensor) -> Tensor:
-        """(M, H) sum over slots of gate times row, in the wider of both types; 0 for tokens without a slot here."""
-        return _Combine.apply(y_nH, gate_Mk, self)
+def gather(x_MH: Tensor, parts: list[Segment]) -> tuple[Tensor, ...]:
+    """(n, H) rows of the tokens of every segment."""
+    return _Gather.apply(x_MH, parts)
+
+
+def combine(ys_nH: list[Tensor], gate_Mk: Tensor, parts: list[Segment]) -> Tensor:
+    """(M, H) sum over slots of gate times the slot's row, in the wider of both types.
+
+    Args:
+        ys_nH: rows of every segment.
+        gate_Mk: of every slot; of one in no segment it is not read.
+        parts: the segments.
+    """
+    return _Combine.apply(gate_Mk, parts, *ys_nH)
 
 
 def segments(expert_Mk: Tensor, stacks: list[int], on_host: bool) -> list[Segment]:
@@ -186,64 +194,66 @@ def _tell_once(chosen: str, device: str, dtype: str, obstacle: str | None) -> No
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MH: Tensor, segment: Segment) -> Tensor:
-        ctx.segment, ctx.num_tokens = segment, len(x_MH)
-        return x_MH[segment.token_n]
+    def forward(ctx, x_MH: Tensor, parts: list[Segment]) -> tuple[Tensor, ...]:
+        ctx.parts, ctx.num_tokens = parts, len(x_MH)
+        return tuple(x_MH[part.token_n] for part in parts)
 
     @staticmethod
-    def backward(ctx, grad_nH: Tensor):
-        segment = ctx.segment
-        grad_MH = grad_nH.new_zeros(ctx.num_tokens, grad_nH.shape[1])
-        if segment.in_order:
-            grad_MH.index_add_(0, segment.token_n, grad_nH)
-        elif len(grad_nH):
-            for rank in range(segment.inside_Mk.shape[1]):
-                rows_MH = grad_nH[segment.position_Mk[:, rank]]
-                grad_MH += torch.where(segment.inside_Mk[:, rank, None], rows_MH, 0.0)
+    def backward(ctx, *grads_nH: Tensor):
+        grad_MH = grads_nH[0].new_zeros(ctx.num_tokens, grads_nH[0].shape[1])
+        for part, grad_nH in zip(ctx.parts, grads_nH, strict=True):
+            if part.in_order:
+                grad_MH.index_add_(0, part.token_n, grad_nH)
+            elif len(grad_nH):
+                for rank in range(part.inside_Mk.shape[1]):
+                    rows_MH = grad_nH[part.position_Mk[:, rank]]
+                    grad_MH += torch.where(part.inside_Mk[:, rank, None], rows_MH, 0.0)
         return grad_MH, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_nH: Tensor, gate_Mk: Tensor, segment: Segment) -> Tensor:
-        ctx.segment = segment
-        ctx.save_for_backward(y_nH, gate_Mk)
-        wide = torch.promote_types(y_nH.dtype, gate_Mk.dtype)
-        sum_MH = y_nH.new_zeros(len(gate_Mk), y_nH.shape[1], dtype=wide)
-        if segment.in_order:
-            sum_MH.index_add_(0, segment.token_n, y_nH * gate_Mk.flatten()[segment.slot_n][:, None])
-        elif len(y_nH):
-            for rank in range(gate_Mk.shape[1]):
-                rows_MH = y_nH[segment.position_Mk[:, rank]] * gate_Mk[:, rank, None]
-                sum_MH += torch.where(segment.inside_Mk[:, rank, None], rows_MH, 0.0)
+    def forward(ctx, gate_Mk: Tensor, parts: list[Segment], *ys_nH: Tensor) -> Tensor:
+        ctx.parts = parts
+        ctx.save_for_backward(gate_Mk, *ys_nH)
+        wide = torch.promote_types(ys_nH[0].dtype, gate_Mk.dtype)
+        sum_MH = gate_Mk.new_zeros(len(gate_Mk), ys_nH[0].shape[1], dtype=wide)
+        for part, y_nH in zip(parts, ys_nH, strict=True):
+            if part.in_order:
+                sum_MH.index_add_(0, part.token_n, y_nH * gate_Mk.flatten()[part.slot_n][:, None])
+            elif len(y_nH):
+                for rank in range(gate_Mk.shape[1]):
+                    rows_MH = y_nH[part.position_Mk[:, rank]] * gate_Mk[:, rank, None]
+                    sum_MH += torch.where(part.inside_Mk[:, rank, None], rows_MH, 0.0)
         return sum_MH
 
     @staticmethod
     def backward(ctx, grad_MH: Tensor):
-        segment = ctx.segment
-        y_nH, gate_Mk = ctx.saved_tensors
-        if segment.in_order:
-            return *_backward_in_order(ctx, y_nH, gate_Mk, grad_MH[segment.token_n]), None
-        grad_y_nH = grad_gate_Mk = None
-        if ctx.needs_input_grad[0]:
-            inside_n = torch.arange(len(y_nH), device=y_nH.device) < segment.ends_E[-1]
-            scaled_nH = grad_MH[segment.token_n] * gate_Mk.flatten()[segment.slot_n][:, None]
-            grad_y_nH = torch.where(inside_n[:, None], scaled_nH, 0.0).to(y_nH.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_gate_Mk = torch.zeros_like(gate_Mk)
-            if len(y_nH):
-                for rank in range(gate_Mk.shape[1]):
-                    dot_M = (y_nH[segment.position_Mk[:, rank]] * grad_MH).sum(-1)
-                    grad_gate_Mk[:, rank] = torch.where(segment.inside_Mk[:, rank], dot_M, 0.0)
-        return grad_y_nH, grad_gate_Mk, None
+        gate_Mk, *ys_nH = ctx.saved_tensors
+        wanted_gate, _, *wanted_ys = ctx.needs_input_grad
+        grad_gate_Mk = torch.zeros_like(gate_Mk) if wanted_gate else None
+        grads_nH = []
+        for part, y_nH, wanted in zip(ctx.parts, ys_nH, wanted_ys, strict=True):
+            grad_nH = grad_MH[part.token_n] if wanted or part.in_order else None
+            if grad_gate_Mk is not None:
+                _add_gate_gradients(grad_gate_Mk, part, y_nH, grad_MH, grad_nH)
+            if wanted:
+                grad_nH = grad_nH.mul_(gate_Mk.flatten()[part.slot_n][:, None])
+                if not part.in_order:  # the rows behind the last have no meaning
+                    inside_n = torch.arange(len(y_nH), device=y_nH.device) < part.ends_E[-1]
+                    grad_nH = torch.where(inside_n[:, None], grad_nH, 0.0)
+                grad_nH = grad_nH.to(y_nH.dtype)
+            grads_nH.append(grad_nH if wanted else None)
+        return grad_gate_Mk, None, *grads_nH
 
 
-def _backward_in_order(ctx, y_nH: Tensor, gate_Mk: Tensor, grad_nH: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of rows and gates where each row is a slot, from the gradient of each row's token."""
-    slot_n, grad_y_nH, grad_gate_Mk = ctx.segment.slot_n, None, None
-    if ctx.needs_input_grad[1]:
-        grad_gate_Mk = torch.zeros_like(gate_Mk)
-        grad_gate_Mk.view(-1)[slot_n] = (y_nH * grad_nH).sum(-1).to(gate_Mk.dtype)
-    if ctx.needs_input_grad[0]:
-        grad_y_nH = grad_nH.mul_(gate_Mk.flatten()[slot_n][:, None]).to(y_nH.dtype)
-    return grad_y_nH, grad_gate_Mk
+def _add_gate_gradients(
+    grad_gate_Mk: Tensor, part: Segment, y_nH: Tensor, grad_MH: Tensor, grad_nH: Tensor | None
+) -> None:
+    """Those of the segment's slots, whose gradients are zero so far; `grad_nH` is the gradient of each row's token."""
+    if part.in_order:
+        grad_gate_Mk.view(-1)[part.slot_n] = (y_nH * grad_nH).sum(-1).to(grad_gate_Mk.dtype)
+    elif len(y_nH):
+        for rank in range(grad_gate_Mk.shape[1]):
+            dot_M = (y_nH[part.position_Mk[:, rank]] * grad_MH).sum(-1)
+            grad_gate_Mk[:, rank] += torch.where(part.inside_Mk[:, rank], dot_M, 0.0)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lit_llm.models.activation_kernels import Activated, Activation
 from lit_llm.models.dispatch import product_dtype
 
+
 def loop_experts(
     x_nH: Tensor,
     in_EIH: Tensor,

@@ -309,20 +309,18 @@ class RoutedMLP(nn.Module):
         backend = dispatch.backend(self.backend, dtype, x_MH.device, (self.hidden_size, self.inner_size))
         on_host = self.reads_counts(x_MH, backend)
         stacks = [1, *(bank.count for bank in self.experts.values())]
-        first, *others = dispatch.segments(routing.experts_Mk, stacks, on_host)
-        rows_nH = first.gather(x_MH)
+        parts = dispatch.segments(routing.experts_Mk, stacks, on_host)
+        base_rows_nH, *bank_rows = dispatch.gather(x_MH, parts)
         if on_host:
-            y_nH = self.base(rows_nH)
+            y_nH = self.base(base_rows_nH)
         else:
             y_nH = as_stack(
-                self.base, self.kind, rows_nH, lambda *parts: dispatch.grouped_product(*parts, first.ends_E)
+                self.base, self.kind, base_rows_nH, lambda *given: dispatch.grouped_product(*given, parts[0].ends_E)
             )
             y_nH = functional.dropout(y_nH, self.kind.dropout(self.base), self.training)
-        weights_Mk = routing.weights_Mk
-        sum_MH = first.combine(y_nH, weights_Mk)
-        for segment, bank in zip(others, self.experts.values()):
-            sum_MH = sum_MH + segment.combine(bank(segment.gather(x_MH), segment, backend, self.base), weights_Mk)
-        return sum_MH.to(y_nH.dtype)
+        banks = zip(self.experts.values(), bank_rows, parts[1:], strict=True)
+        ys_nH = [y_nH, *(bank(rows_nH, part, backend, self.base) for bank, rows_nH, part in banks)]
+        return dispatch.combine(ys_nH, routing.weights_Mk, parts).to(y_nH.dtype)
 
     def reads_counts(self, x_MH: Tensor, backend: str) -> bool:
         """Whether the host learns how many rows each expert has: for free on a CPU, else only where nothing else works."""
