@@ -67,10 +67,10 @@ def _check_strategy(strategy: Any) -> None:
             f"trainer.strategy is {name}, which would leave frozen models and heads without weights under stage 3. Add\n"
             f"  --config configs/trainer/deepspeed_z2.yaml (or _z1, _z3), which has lit_llm.zero_strategy.ZeroStrategy."
         )
-    if "fsdp" in kind or kind.startswith("modelparallel"):
+    if kind.startswith(("fsdp", "modelparallel")) and not name.startswith("lit_llm."):
         raise ValueError(
-            f"trainer.strategy is {name}, but the losses here read the weights of heads outside their modules, which FSDP does "
-            f"not gather. To divide a model, add --config configs/trainer/deepspeed_z3.yaml."
+            f"trainer.strategy is {name}, but the losses here read the weights of heads outside their modules, which it would "
+            f"not gather. Add\n  --config configs/trainer/fsdp2.yaml, which has lit_llm.fsdp_strategy.FsdpStrategy."
         )
 
 

@@ -128,7 +128,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer, lr_scheduler=None):
         check = getattr(model, "check_divided", None)
         if check is not None:
-            check(weights=self.zero_stage_3)
+            check(weights=self.zero_stage_3, norms=False)
         self._divide(model)
         engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         if self.zero_stage_3:

@@ -51,10 +51,10 @@ def run_python(*arguments: object, cwd: Path | None = None, environment: dict[st
     return _run([([str(argument) for argument in arguments], environment or {})], cwd)
 
 
-def fit_in_two_processes(config: Path, *options: str) -> Finished:
-    """`python -m lit_llm fit` under DDP with two processes."""
+def fit_in_two_processes(config: Path, *options: str, strategy: str = "ddp") -> Finished:
+    """`python -m lit_llm fit` with two processes."""
     command = ["-m", "lit_llm", "fit", "--config", str(config), *options]
-    command += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    command += ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

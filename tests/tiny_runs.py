@@ -197,3 +197,14 @@ def _logged(run: Path) -> dict[str, list[float]]:
         rows = list(csv.DictReader(file))
     names = [name for name in rows[0] if name.startswith("train/")]
     return {name: [float(row[name]) for row in rows if row[name]] for name in names}
+
+
+def largest_gap(ours: dict, theirs: dict) -> float:
+    """Largest difference of two states with the same names."""
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Those of a run's last checkpoint."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

@@ -1,18 +1,18 @@
-"""Does a method train the same under ZeRO as under DDP? Two processes on a CPU, tiny models, one table.
+"""Does a method train the same under ZeRO and FSDP as under DDP? Two processes on a CPU, tiny models, one table.
 
     python tools/check_scale.py                                   # every case, every stage
-    python tools/check_scale.py --cases kd_chunks dskd --stages 3
+    python tools/check_scale.py --cases kd_chunks dskd --stages 3 fsdp
     python tools/check_scale.py --nodes                           # two launcher agents on loopback as two nodes
 
-Needs `lit_llm[deepspeed]`, and for --nodes nothing. Each case is a config of the tests: 4 optimizer steps under DDP, the
-same under `ZeroStrategy`, and 2 steps, a stop, and 2 more from the checkpoint. Columns, where 0 is equal to the last bit:
+Stages with a number need `lit_llm[deepspeed]`. Each case is a config of the tests: 4 optimizer steps under DDP, the same under
+`ZeroStrategy` or `FsdpStrategy`, and 2 steps, a stop, and 2 more from the checkpoint. Columns, where 0 is equal to the last bit:
 
 - loss, norm, val: largest difference of the training loss, the gradient's norm and the validation loss from DDP;
 - weights: largest difference of the exported `model/` from that of DDP;
 - resumed: largest difference of the exported model after a stop from that of the unbroken run;
-- export: of `export` from the last checkpoint folder, from the run's own `model/`;
-- in checkpoint: names that are in the folder, and in the DDP run's file;
-- head: how often the head's weight is gathered in a micro-batch (stage 3).
+- export: of `export` from the last checkpoint, from the run's own `model/`;
+- in checkpoint: names that are in it, and in the DDP run's file;
+- head: how often the head's weight is gathered in a micro-batch (stage 3, fsdp).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ STAGES = {
     "2_offload": {"stage": 2, **OFFLOADED},
     "3": DIVIDED,
     "3_offload": {**DIVIDED, **OFFLOADED, "offload_parameters": True},
+    "fsdp": {},
 }
 STEPS, STOP = 4, 2
 COLUMNS = ("loss", "norm", "val", "weights", "resumed", "export", "in_checkpoint", "head")
@@ -87,16 +88,17 @@ def main() -> None:
     options.resume = options.cases if options.resume is None else options.resume
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        found = two_nodes(work) if options.nodes else zero_beside_ddp(work, options)
+        found = two_nodes(work) if options.nodes else divided_beside_ddp(work, options)
         if options.json:
             Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
         print(table(found))
 
 
-def zero_beside_ddp(work: Path, options: argparse.Namespace) -> list[dict]:
+def divided_beside_ddp(work: Path, options: argparse.Namespace) -> list[dict]:
     """Write the configs, fork two processes, and collect what the first one notes."""
     os.environ.update(environment(work), DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
-    import deepspeed  # noqa: F401  once for both
+    if set(options.stages) - {"fsdp"}:
+        import deepspeed  # noqa: F401  once for both
     import torch
 
     import lit_llm.training_cli  # noqa: F401
@@ -172,15 +174,16 @@ class Worker:
                 self.note(name, stage)
 
     def note(self, name: str, stage: str) -> None:
-        strategy = {"class_path": "lit_llm.zero_strategy.ZeroStrategy", "init_args": STAGES[stage]}
-        zero, folder = [f"--trainer.strategy={json.dumps(strategy)}"], self.work / name / "runs" / name
-        self.fit(name, f"z{stage}", *zero)
+        kind = "fsdp_strategy.FsdpStrategy" if stage == "fsdp" else "zero_strategy.ZeroStrategy"
+        strategy = {"class_path": f"lit_llm.{kind}", "init_args": STAGES[stage]}
+        divided, folder = [f"--trainer.strategy={json.dumps(strategy)}"], self.work / name / "runs" / name
+        self.fit(name, f"z{stage}", *divided)
         counted = dict(self.counted)
         if name in self.options.resume:
-            self.fit(name, f"r{stage}", *zero, f"--trainer.max_steps={STOP}")
-            self.fit(name, f"r{stage}", *zero, f"--ckpt_path={folder / f'r{stage}' / 'checkpoints' / 'last.ckpt'}")
+            self.fit(name, f"r{stage}", *divided, f"--trainer.max_steps={STOP}")
+            self.fit(name, f"r{stage}", *divided, f"--ckpt_path={folder / f'r{stage}' / 'checkpoints' / 'last.ckpt'}")
             if self.first:
-                self.export(name, stage, *zero)
+                self.export(name, stage, *divided)
         if self.first:
             found = {"case": name, "stage": stage, **self.compared(name, stage), **counted}
             with (self.work / "found.jsonl").open("a") as file:
@@ -191,7 +194,7 @@ class Worker:
 
         arguments = ["fit", "--config", str(self.work / name / f"{name}.yaml"), *CASES[name][1], *options]
         self.counted = {}
-        callbacks = ["--trainer.callbacks+=tests.zero_watch.ZeroWatch"] if version.startswith("z") else []
+        callbacks = ["--trainer.callbacks+=tests.divided_watch.DividedWatch"] if version.startswith("z") else []
         cli = TrainingCLI.run([*arguments, "--trainer.devices=2", f"--run.version={version}", *callbacks])
         for callback in cli.trainer.callbacks:
             self.counted |= getattr(callback, "counted", {})
@@ -213,25 +216,25 @@ class Worker:
     def compared(self, name: str, stage: str) -> dict:
         import torch
 
-        from lit_llm.zero_checkpoint import read_weights
+        from lit_llm.checkpoint_io import read_checkpoint
 
         folder = self.work / name / "runs" / name
-        ddp, zero, resumed = folder / "ddp", folder / f"z{stage}", folder / f"r{stage}"
-        (ours, names), (theirs, their_names) = metrics(zero), metrics(ddp)
+        ddp, divided, resumed = folder / "ddp", folder / f"z{stage}", folder / f"r{stage}"
+        (ours, names), (theirs, their_names) = metrics(divided), metrics(ddp)
         found = {
             "loss": gap(ours["train/loss"], theirs["train/loss"]),
             "norm": gap(ours["train/grad_norm"], theirs["train/grad_norm"]),
             "val": gap(ours["val/loss"], theirs["val/loss"]),
-            "weights": weight_gap(zero, ddp),
+            "weights": weight_gap(divided, ddp),
             "missing_metrics": sorted(their_names - names),
         }
         file = torch.load(ddp / "checkpoints" / "last.ckpt", weights_only=True, mmap=True)
-        saved = read_weights(zero / "checkpoints" / "last.ckpt")
+        saved = read_checkpoint(divided / "checkpoints" / "last.ckpt", weights=True)["state_dict"]
         found["in_checkpoint"] = f"{len(saved)}, {len(file['state_dict'])}"
         found["other_names"] = sorted(saved.keys() ^ file["state_dict"].keys())
         if name in self.options.resume:
             found |= {
-                "resumed": weight_gap(resumed, zero),
+                "resumed": weight_gap(resumed, divided),
                 "export": weight_gap(resumed / "exported", resumed / "model"),
             }
         return found

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_llm.models.fully_sharded import whole
 from lit_llm.storage import complete_file
 
 FOLDER = "non_finite"
@@ -159,7 +160,7 @@ def _plain(value: Any) -> Any:
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return nn.utils.get_total_norm(gradients).float() if gradients else torch.zeros(())
+    return whole(nn.utils.get_total_norm(gradients)).float() if gradients else torch.zeros(())
 
 
 def _message(trainer: L.Trainer, losses: list[float], examples: list[tuple[int, ...]], terms: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ from lit_llm.methods.answers import Answering, Generation
 from lit_llm.methods.language_evaluation import LanguageEvaluation
 from lit_llm.methods.schedule import learning_rate_factor
 from lit_llm.methods.step_sums import StepSums
+from lit_llm.models.fully_sharded import whole
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.sharding import whole_shape
 
@@ -271,11 +272,12 @@ class Method(Answering):
         terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         return terms.loss * (weight * self.step_weight(batch, batch.step_tokens))
 
-    def check_divided(self, weights: bool) -> None:
+    def check_divided(self, weights: bool, norms: bool) -> None:
         """Asked before gradients and optimizer states are divided among processes.
 
         Args:
             weights: whether these are divided too, so that all processes must run the student equally often.
+            norms: whether a method can know the norm of some parameters' gradients.
 
         Raises:
             ValueError: a setting that does not allow it.
@@ -284,7 +286,7 @@ class Method(Answering):
     @staticmethod
     def _gradient_norm(parameters) -> Tensor:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
 
     # ------------------------------------------------------------ evaluation
 

@@ -88,8 +88,8 @@ class Distillation(Method):
             with gathered(self):  # a teacher may live in the student
                 self.store.fill()
 
-    def check_divided(self, weights: bool) -> None:
-        super().check_divided(weights)
+    def check_divided(self, weights: bool, norms: bool) -> None:
+        super().check_divided(weights, norms)
         if weights and self.rollouts is not None:
             self.rollouts.check_divided()
 

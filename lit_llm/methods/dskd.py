@@ -341,9 +341,9 @@ class DSKD(Distillation):
             nn.utils.clip_grad_norm_(projectors, self.settings.gradient_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def check_divided(self, weights: bool) -> None:
-        super().check_divided(weights)
-        if self.settings.gradient_clip is not None:
+    def check_divided(self, weights: bool, norms: bool) -> None:
+        super().check_divided(weights, norms)
+        if self.settings.gradient_clip is not None and not norms:
             raise ValueError(
                 f"projectors.gradient_clip is {self.settings.gradient_clip}, but trainer.strategy divides gradients among "
                 f"processes, where the projectors' norm is not known. Leave it out; trainer.gradient_clip_val clips all."

@@ -131,8 +131,8 @@ class Rollouts:
         if 0 < fraction < 1:
             raise ValueError(
                 f"model.on_policy.student_fraction is {fraction}, so by the coins of a step some processes sample answers and run "
-                f"the student more often than others, but trainer.strategy divides its weights (stage 3), for which all must "
-                f"do the same. Set student_fraction: 1, or strategy.stage: 2."
+                f"the student more often than others, but trainer.strategy divides its weights, for which all must do the "
+                f"same. Set student_fraction: 1, or train with configs/trainer/deepspeed_z2.yaml."
             )
 
     def of_validation(self) -> DistillationBatch | None:

@@ -92,8 +92,8 @@ class PreferenceDistillation(PreferenceMethod):
                     f"but {type(self).__name__} compares the models column by column. Take models that started from one."
                 )
 
-    def check_divided(self, weights: bool) -> None:
-        super().check_divided(weights)
+    def check_divided(self, weights: bool, norms: bool) -> None:
+        super().check_divided(weights, norms)
         if weights and self.rollouts is not None:
             self.rollouts.check_divided()
 

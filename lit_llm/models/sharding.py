@@ -1,7 +1,7 @@
 """Weights that a strategy divides among processes: their true size, and how they become whole for a while.
 
-DeepSpeed's ZeRO stage 3 leaves an empty tensor in a parameter's place outside its module's own forward and backward pass.
-Everything here does nothing to parameters that are whole.
+DeepSpeed's ZeRO stage 3 leaves an empty tensor in a parameter's place outside its module's own forward and backward pass,
+FSDP2 the part of this process (`fully_sharded`). Everything here does nothing to parameters that are whole.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from lit_llm.models import fully_sharded
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
@@ -29,6 +31,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     All processes enter and leave together. Not for backward passes.
     """
+    if (step := fully_sharded.divided_by(module)) is not None:
+        with fully_sharded.unsharded(module, step):
+            yield
+        return
     divided = divided_parameters(module)
     if not divided:
         yield
@@ -58,6 +64,10 @@ def whole_on(module: nn.Module, here: bool) -> Iterator[None]:
         module: divided or not.
         here: whether this process asks.
     """
+    if (step := fully_sharded.divided_by(module)) is not None:
+        with fully_sharded.whole_parameters_on(module, step, here):
+            yield
+        return
     divided, copies = divided_parameters(module), []
     if divided:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
@@ -78,7 +88,7 @@ def whole_on(module: nn.Module, here: bool) -> Iterator[None]:
 
 
 def divided_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters of a module of which this process holds a part."""
+    """Parameters of a module of which this process holds a part under ZeRO."""
     return [parameter for parameter in module.parameters() if hasattr(parameter, "ds_status")]
 
 

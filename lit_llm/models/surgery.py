@@ -202,13 +202,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: they have no `mlp` that takes and gives one tensor.
     """
-    name, count = type(model).__name__, model.config.get_text_config().num_hidden_layers
-    stacks = [part for part in model.base_model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not stacks:
-        raise ValueError(
-            f"{name} has no list of {count} decoder layers below its base model, so it cannot be expanded."
-        )
-    layers = stacks[0]
+    name, layers = type(model).__name__, layer_stack(model)
     if not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         parts = ", ".join(part for part, _ in layers[0].named_children())
         raise ValueError(
@@ -223,6 +217,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"hidden states alone."
         )
     return layers
+
+
+def layer_stack(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a causal language model, whatever they are made of.
+
+    Raises:
+        ValueError: there is no list of them.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return part
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers below its base model.")
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -44,7 +44,8 @@ def state_digest(model: nn.Module, leave_out: str | None = None) -> str:
         if leave_out is not None and leave_out in name:
             continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        copied = tensor.detach().to("cpu", copy=True)  # memory that numpy has seen cannot be let go by FSDP
+        digest.update(copied.contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

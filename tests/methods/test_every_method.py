@@ -1,14 +1,12 @@
 """What holds for every method: what should train moves, what is frozen stays, splitting a batch changes nothing."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.processes import fit_in_two_processes
-from tests.tiny_runs import METHODS, assert_same_logs, fit, tiny_config
+from tests.tiny_runs import METHODS, assert_same_logs, fit, largest_gap, last_weights, tiny_config
 
 # the published masked means are over a micro-batch; this switch makes them independent of how a batch is split, and
 # greedy answers to all prompts do not depend on it either
@@ -29,11 +27,6 @@ SPLITTABLE = {method: [] for method in METHODS} | {
 
 def state(module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def largest_gap(ours: dict, theirs: dict) -> float:
-    assert ours.keys() == theirs.keys()
-    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -158,10 +151,6 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, method, more_l
         fit(config, WHOLE, *options, "--ckpt_path=last")
     resumed = tmp_path / "broken" / "runs" / method / "version_0"
     assert largest_gap(last_weights(unbroken.model.run_folder), last_weights(resumed)) < 1e-6
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
 
 
 def test_gradients_are_clipped_under_mixed_precision_too(tmp_path):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from lit_llm.methods import KTO
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.training_cli import TrainingCLI
-from tests.methods.test_every_method import largest_gap, state
+from tests.methods.test_every_method import state
 from tests.processes import fit_in_two_processes
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
-from tests.tiny_runs import assert_same_logs, fit, tiny_config, write_pairs
+from tests.tiny_runs import assert_same_logs, fit, largest_gap, tiny_config, write_pairs
 
 ONE_STEP = ("--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 

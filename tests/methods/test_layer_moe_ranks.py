@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.expert_counts import read_counts
 from tests.processes import Finished, fit_in_two_processes
 from tests.tiny_languages import language_config
-from tests.tiny_runs import assert_same_logs, fit
+from tests.tiny_runs import assert_same_logs, fit, largest_gap
 
 UNVALIDATED = ("--trainer.limit_val_batches=0", "--trainer.val_check_interval=null")
 DOUBLE, SINGLE = "--trainer.precision=64-true", "--trainer.precision=32-true"
@@ -45,11 +45,6 @@ def of_two_processes(config: Path, *options: str) -> Finished:
 def last_weights(folder: Path, stage: int) -> dict[str, Tensor]:
     last = folder / "runs" / f"stage{stage}" / "version_0" / "checkpoints" / "last.ckpt"
     return torch.load(last, weights_only=True)["state_dict"]
-
-
-def gap(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    assert ours.keys() == theirs.keys()
-    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
 
 
 def check_loads_were_unequal(folder: Path) -> None:
@@ -85,7 +80,7 @@ def test_two_processes_train_the_same_weights_as_one(first, tmp_path, stage, pre
     ours = of_one_process(language_config(tmp_path / "one", stage, **settings), precision)
     done = of_two_processes(language_config(tmp_path / "two", stage, **settings), precision)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert gap(last_weights(tmp_path / "two", stage), ours) < near
+    assert largest_gap(last_weights(tmp_path / "two", stage), ours) < near
     assert_same_logs(*(tmp_path / run / "runs" / f"stage{stage}" / "version_0" for run in ("one", "two")), near)
     if stage == 1:
         check_loads_were_unequal(tmp_path / "two")
@@ -101,5 +96,5 @@ def test_two_processes_that_died_in_a_second_expansion_resume_to_the_weights_of_
     resumed = of_two_processes(config, DOUBLE, "--ckpt_path=last")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     theirs = last_weights(tmp_path / "two", 1)
-    assert gap(theirs, ours) < 1e-6
+    assert largest_gap(theirs, ours) < 1e-6
     assert [theirs[name].shape[0] for name in theirs if ".layers.0." in name and "router" in name] == [3 + 3]

@@ -16,7 +16,7 @@ from lit_llm.models.projector import ClosedFormStudentToTeacher
 from lit_llm.training_cli import TrainingCLI
 from tests.processes import fit_in_two_processes
 from tests.tiny import byte_level_tokenizer, sentencepiece_tokenizer
-from tests.tiny_runs import fit, tiny_config
+from tests.tiny_runs import fit, largest_gap, tiny_config
 
 TEXTS = [
     ("Name a cat. ", "The cat saw naïve dogs."),
@@ -31,11 +31,6 @@ QUIET = ["--trainer.limit_val_batches=0", "--checkpoint.every_n_train_steps=3"]
 
 def state(cli) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in cli.model.state_dict().items()}
-
-
-def largest_gap(ours: dict, theirs: dict) -> float:
-    assert ours.keys() == theirs.keys()
-    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
 
 
 # ---------------------------------------------------------------- packing

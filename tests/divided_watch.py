@@ -1,16 +1,16 @@
-"""What ZeRO does with a method's parameters while it trains, and which experts get no token."""
+"""What ZeRO and FSDP do with a method's parameters while it trains, and which experts get no token."""
 
 from __future__ import annotations
 
 import lightning as L
 import torch
 
-from lit_llm.models import dispatch, experts
+from lit_llm.models import dispatch, experts, fully_sharded
 from lit_llm.models.language_model import Frozen
 from lit_llm.models.sharding import divided_parameters
 
 
-class ZeroWatch(L.Callback):
+class DividedWatch(L.Callback):
     """Counts for `tools/check_scale.py`.
 
     Attributes:
@@ -26,12 +26,16 @@ class ZeroWatch(L.Callback):
 
     def on_train_start(self, trainer, pl_module) -> None:
         parameters, divided = list(pl_module.parameters()), divided_parameters(pl_module)
+        self._step = fully_sharded.divided_by(pl_module)
         frozen = [module.model for module in pl_module.modules() if isinstance(module, Frozen)]
         inside = {id(parameter) for parameter in parameters}
         own = [p for model in frozen for p in getattr(model, "parameters", list)() if id(p) not in inside]
-        self.counted["divided"] = len([p for p in divided if not p.numel()]) / len(parameters)
+        parts = [p for p in parameters if hasattr(p, "full_tensor")] if self._step else divided
+        self.counted["divided"] = len([p for p in parts if self._step or not p.numel()]) / len(parameters)
         self.counted["frozen_whole"] = all(p.numel() > 0 and not p.requires_grad for p in own)
-        if divided:
+        if self._step is not None:
+            self._watch_step()
+        elif divided:
             self._watch(divided, pl_module.student.transformer.get_output_embeddings().weight)
         self._watch_experts()
 
@@ -43,7 +47,7 @@ class ZeroWatch(L.Callback):
             self._most = max(self._most, self._gathers)
 
     def on_train_end(self, trainer, pl_module) -> None:
-        if divided_parameters(pl_module):
+        if self._step is not None or divided_parameters(pl_module):
             self.counted["head"] = self._most
         empty = torch.tensor(float(self._empty))
         self.counted["experts_without_tokens"] = bool(trainer.strategy.reduce(empty, reduce_op="sum") > 0)
@@ -59,6 +63,20 @@ class ZeroWatch(L.Callback):
             wanted = settings.get("param_list", params)
             self._gathers += any(p is head for p in ([parameter] if wanted is None else wanted))
             return gather(*([] if params is None else [params]), *arguments, **settings)
+
+        return counting
+
+    def _watch_step(self) -> None:
+        """What the step gathers, it gathers at once: embeddings, head, norm, projectors."""
+        for part in self._step.modules():
+            if part is self._step:
+                (group,) = part._get_fsdp_state()._fsdp_param_groups
+                group.unshard = self._counting_gathers(group, group.unshard)
+
+    def _counting_gathers(self, group, unshard):
+        def counting(*arguments, **settings):
+            self._gathers += not group.is_unsharded
+            return unshard(*arguments, **settings)
 
         return counting
 

@@ -1,0 +1,121 @@
+"""FSDP2 beside DDP and beside one process, on a CPU; its checkpoints are those of DDP."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lit_llm.models.fully_sharded import divide
+from tests.processes import fit_in_two_processes
+from tests.tiny_languages import language_config
+from tests.tiny_runs import assert_identical, assert_same_logs, fit, largest_gap, last_weights, tiny_config
+
+ROOT = Path(__file__).parents[1]
+FSDP = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy"}'
+CASES, RESUMED = ("sft_leftover", "kd_lora", "dskd_cross", "align", "moe1"), ("kd_lora", "align")
+IN_PARTS = [
+    *("--data.init_args.bucket=1", "--trainer.limit_val_batches=0"),
+    "--model.init_args.projectors.masked_mean=labelled",  # independent of how a batch is split
+]
+NEAR = 2e-5  # steps of 1e-2 in float32: AdamW divides by the root of squared gradients close to 0
+WHOLE, HALVES = "--data.init_args.batch_size=4", "--data.init_args.batch_size=2"
+DIES = ("--trainer.callbacks+=tests.tiny_runs.DieAt", "--trainer.callbacks.step=2")
+
+
+@pytest.fixture(scope="session")
+def found(once, tmp_path_factory) -> dict[str, dict]:
+    """What `tools/check_scale.py` notes, by case; every case trains under DDP and under FSDP."""
+    return {row["case"]: row for row in once("fully_sharded", lambda: compared(tmp_path_factory))}
+
+
+def compared(tmp_path_factory) -> list[dict]:
+    file = tmp_path_factory.mktemp("fully_sharded") / "found.json"
+    command = [sys.executable, str(ROOT / "tools" / "check_scale.py"), "--json", str(file), "--cases", *CASES]
+    command += ["--stages", "fsdp", "--resume", *RESUMED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fsdp_trains_as_ddp_does(found, case):
+    row = found[case]
+    assert row["loss"] < 2e-6 and row["norm"] < 1e-6  # losses around 6, in float32
+    assert row["val"] < 1e-5 and row["weights"] < 1e-5  # AdamW divides by the root of squared gradients close to 0
+    assert row["missing_metrics"] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_everything_trained_is_divided_and_nothing_frozen(found, case):
+    assert found[case]["divided"] == 1
+    assert found[case]["frozen_whole"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_head_is_gathered_once_a_micro_batch(found, case):
+    assert found[case]["head"] == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_holds_what_that_of_ddp_holds(found, case):
+    assert found[case]["other_names"] == []
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_stopped_run_continues_bit_for_bit_and_its_checkpoint_becomes_a_plain_model(found, case):
+    assert found[case]["resumed"] == 0
+    assert found[case]["export"] == 0
+
+
+def test_some_experts_got_no_token_in_a_process(found):
+    assert found["moe1"]["experts_without_tokens"]
+
+
+def test_projectors_are_clipped_by_the_norm_of_all_processes(tmp_path):
+    options = [*IN_PARTS, "--model.init_args.projectors.gradient_clip=0.01"]
+    fit(tiny_config(tmp_path / "one", "dskd_v1", dropout=0.0, max_steps=3), WHOLE, *options)
+    config = tiny_config(tmp_path / "two", "dskd_v1", dropout=0.0, max_steps=3)
+    done = fit_in_two_processes(config, HALVES, *options, strategy=FSDP)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (tmp_path / which / "runs" / "dskd_v1" / "version_0" for which in ("one", "two"))
+    assert largest_gap(last_weights(one), last_weights(two)) < NEAR
+    assert_same_logs(one, two, tolerance=1e-4)  # the norm before clipping among them
+
+
+@pytest.mark.parametrize("divided_later", [True, False], ids=["one process, then FSDP", "FSDP, then one process"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, divided_later):
+    unbroken = fit(tiny_config(tmp_path / "unbroken", "dskd", dropout=0.0, max_steps=5), WHOLE, *IN_PARTS)
+    config = tiny_config(tmp_path / "broken", "dskd", dropout=0.0, max_steps=5)
+    if divided_later:
+        with pytest.raises(RuntimeError, match="died on purpose"):
+            fit(config, WHOLE, *IN_PARTS, *DIES)
+        done = fit_in_two_processes(config, HALVES, *IN_PARTS, "--ckpt_path=last", strategy=FSDP)
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        done = fit_in_two_processes(config, HALVES, *IN_PARTS, *DIES, strategy=FSDP)
+        assert "died on purpose" in done.stderr
+        fit(config, WHOLE, *IN_PARTS, "--ckpt_path=last")
+    resumed = tmp_path / "broken" / "runs" / "dskd" / "version_0"
+    assert largest_gap(last_weights(unbroken.model.run_folder), last_weights(resumed)) < NEAR
+
+
+def test_routers_stay_float32_beside_experts_in_bfloat16(tmp_path):
+    for name, strategy in (("ddp", "ddp"), ("fsdp", FSDP)):
+        config = language_config(tmp_path / name, 1, max_steps=2, val_check_interval=2)
+        done = fit_in_two_processes(config, "--trainer.precision=bf16-true", strategy=strategy)
+        assert done.returncode == 0, done.stderr[-2000:]
+    ddp, fsdp = (last_weights(tmp_path / name / "runs" / "stage1" / "version_0") for name in ("ddp", "fsdp"))
+    assert {value.dtype for name, value in fsdp.items() if "router" in name} == {torch.float32}
+    assert {value.dtype for name, value in fsdp.items() if "experts" in name} == {torch.bfloat16}
+    assert_identical(ddp, fsdp)
+
+
+def test_quantised_weights_are_refused():
+    method = nn.Linear(2, 2)
+    method.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False))
+    with pytest.raises(ValueError, match=r"packed is torch.uint8: quantised weights are not divided"):
+        divide(method, [], mesh=None)
