@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from lit_llm.checkpoint_io import StreamedCheckpointIO
 from lit_llm.models.fully_sharded import Step, divide, part_of, whole
 from lit_llm.models.language_model import LanguageModel
 from lit_llm.models.sharding import gathered
@@ -41,6 +42,7 @@ class FsdpStrategy(ModelParallelStrategy):
 
     def __init__(self, timeout: int = _MINUTES) -> None:
         super().__init__(save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout))
+        self.checkpoint_io = StreamedCheckpointIO()
         self._step: Step | None = None
         self._whole = ExitStack()
 
