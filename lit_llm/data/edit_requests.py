@@ -125,11 +125,12 @@ class Questions:
 
 def taught(edit: LanguageEdit, questions: Questions) -> list[str]:
     """Rephrased questions that are paraphrases of the edit, except the prompt itself; case and white space do not count."""
-    paraphrases = {_alike(text) for text in edit.paraphrases} - {_alike(edit.prompt)}
-    return [text for text in questions.rephrases if _alike(text) in paraphrases]
+    paraphrases = {alike(text) for text in edit.paraphrases} - {alike(edit.prompt)}
+    return [text for text in questions.rephrases if alike(text) in paraphrases]
 
 
-def _alike(text: str) -> str:
+def alike(text: str) -> str:
+    """A text as it is compared with others: case and white space do not count."""
     return " ".join(text.casefold().split())
 
 

@@ -97,6 +97,24 @@ def read_requests(path: Path, bad_rows: Literal["refuse", "drop"] = "refuse") ->
     return FactFile(requests, dropped)
 
 
+def as_row(request: EditRequest) -> dict[str, Any]:
+    """The line of a file that reads as this request."""
+    by_language = {}
+    for code, fact in request.edit.by_language.items():
+        asked = request.questions.get(code, Questions())
+        entry = {"subject": fact.subject, "prompt": fact.prompt, "target_new": fact.target_new}
+        entry |= {
+            "target_old": fact.target_old,
+            "paraphrases": list(fact.paraphrases),
+            "rephrase": list(asked.rephrases),
+        }
+        for name in ("locality", "portability"):
+            entry[name] = [{"prompt": question.prompt, "answer": question.answer} for question in getattr(asked, name)]
+        by_language[code] = {name: value for name, value in entry.items() if value}
+    row = {"id": request.id, "relation": request.relation, "names": list(request.edit.names), "by_lang": by_language}
+    return {name: value for name, value in row.items() if value}
+
+
 class _Unusable(Exception):
     """A line in the schema that makes no request; the text is the reason."""
 
