@@ -45,7 +45,7 @@ def paraphrase_facts(
 ) -> None:
     """Add other wordings of their prompts to facts, for locating: written by a model, sifted, kept once for all runs.
 
-    A wording stays if it names the subject as the prompt does and is neither the prompt, nor a question that the edit is
+    A wording stays if it names the subject as the prompt does, holds no answer and is neither the prompt, nor a question that the edit is
     tested with, nor one that is there already; what becomes of the others is told. The file is one for `data.source`; a stopped
     call goes on where it was.
 
@@ -128,13 +128,15 @@ def with_wordings(facts: Sequence[EditRequest], answers: Sequence[str]) -> tuple
             questions = fact.questions.get(code)
             tested = () if questions is None else questions.rephrases
             known = {alike(other): "that are there already" for other in text.paraphrases}
-            known |= {alike(other): "that the edit is tested with" for other in tested} | {
-                alike(text.prompt): "equal to the prompt"
-            }
+            known |= {alike(other): "that the edit is tested with" for other in tested}
+            known[alike(text.prompt)] = "equal to the prompt"
+            answers_to = [one for one in (text.target_new, text.target_old) if one and one not in text.prompt]
             found = list(text.paraphrases)
             for wording in _lines(next(left)):
                 if _subject(fact, code) not in wording:
                     dropped["without the subject"] += 1
+                elif any(one in wording for one in answers_to):
+                    dropped["with the answer"] += 1
                 elif (reason := known.get(alike(wording))) is not None:
                     dropped[reason] += 1
                 else:

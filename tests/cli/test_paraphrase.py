@@ -40,7 +40,7 @@ def test_a_wording_that_tells_nothing_new_is_dropped_with_its_reason():
         "The Capital of Malta is",
         "The capital city of Malta:",
     ]
-    lines += ["Malta's capital:", "Malta's chief town is", "Malta's chief town IS"]
+    lines += ["Malta's capital:", "Malta's chief town is", "Malta's chief town IS", "Malta's capital is Oslo"]
     (found,), dropped = with_wordings([MALTA], ["\n".join(lines), ""])
     assert found.edit.by_language["en"].paraphrases == (
         "Malta's capital:",
@@ -49,6 +49,7 @@ def test_a_wording_that_tells_nothing_new_is_dropped_with_its_reason():
     )
     assert dropped == {
         "without the subject": 1,
+        "with the answer": 1,
         "equal to the prompt": 1,
         "that the edit is tested with": 1,
         "that are there already": 2,
