@@ -17,7 +17,7 @@ class EditLines(EvaluationLines):
     A line is {"step", "stage" ("val" or "test"), "method", "single" (whether a fact was asked under its own edit alone),
     "facts" (edited so far), "already_known": [ids of facts that were skipped], "languages": [code], "scores": {kind:
     {language or "all": {protocol: percent}}}, "matrices": {kind: {protocol: {"rows": [language or "all"], "values":
-    [[percent]], "same_language", "cross_language" (means on and off the diagonal)}}}, "trigger": {event: percent}, "answers": [{"fact", "kind", "language", "prompt", "wanted", "before", "after", "right"}]}
+    [[percent]], "same_language", "cross_language" (means on and off the diagonal)}}}, "counterfact": {language: {score: percent}}, "trigger": {event: percent}, "answers": [{"fact", "kind", "language", "prompt", "wanted", "before", "after", "right"}]}
     and, where they are known, "seconds_per_fact" and "overlap": {"languages", "layers": {layer: {"jaccard", "shared",
     "same_fact", "different_facts", "chance"}}} and "covariance": {"tokens", "split_error": {layer: relative error}, "curve":
     {layer: [[tokens, relative change since half as many]]}}, with null for what was not asked. A resumed run drops the lines

@@ -52,6 +52,10 @@ def _facts(line: dict[str, Any]) -> str:
     if known := line.get("already_known"):
         facts.append(("facts not edited, since the model says so already", str(len(known))))
     facts += [(_EVENTS[name], f"{value:.1f}%") for name, value in line["trigger"].items()]
+    of_counterfact = line.get("counterfact", {}).get("all", {})
+    facts += [
+        (f"CounterFact {name}", f"{of_counterfact[name]:.1f}%") for name in ("ES", "PS", "NS") if name in of_counterfact
+    ]
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in facts)
     return f"<dl class=facts>{items}</dl>" if facts else ""
 

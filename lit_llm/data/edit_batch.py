@@ -108,6 +108,7 @@ class QuestionRow:
         answer: what is compared with.
         how: how the edited subject was found in it; None for locality, which is about something else.
         tokens: of both.
+        is_rival: the same question with the answer that should be less likely, to be compared with.
     """
 
     kind: Kind
@@ -116,6 +117,7 @@ class QuestionRow:
     answer: str
     how: How | None
     tokens: FactRow
+    is_rival: bool = False
 
 
 @dataclass
@@ -130,6 +132,7 @@ class QuestionBatch(_Movable):
         lookup_R: position of the edited subject's last token; the last of the prompt where it was not found; -1 for
             locality.
         prompt_length_R: tokens before the answer.
+        rival_R: whether a row is there for the likelihood of its answer alone, see `QuestionRow`.
         prompts: texts.
         answers: texts.
         prompt_ids: prompts as they are read before an answer is generated; differ from `rows` where a merge joins both.
@@ -145,6 +148,7 @@ class QuestionBatch(_Movable):
     language_R: Tensor
     lookup_R: Tensor
     prompt_length_R: Tensor
+    rival_R: Tensor
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     prompt_ids: tuple[tuple[int, ...], ...]
@@ -219,6 +223,7 @@ def collate_questions(
         language_R=torch.tensor([languages.index(row.language) for row in asked]),
         lookup_R=torch.tensor([-1 if row.how is None else row.tokens.lookup for row in asked]),
         prompt_length_R=torch.tensor([row.tokens.prompt_length for row in asked]),
+        rival_R=torch.tensor([row.is_rival for row in asked]),
         prompts=tuple(row.prompt for row in asked),
         answers=tuple(row.answer for row in asked),
         prompt_ids=tuple(row.tokens.prompt_ids for row in asked),

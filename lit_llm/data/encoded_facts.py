@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple, Optional
 
 from lit_llm.data.edit_batch import KINDS, EditRow, EncodedEdit, Kind, QuestionRow
-from lit_llm.data.edit_requests import Edit, EditRequest, Question
+from lit_llm.data.edit_requests import Edit, EditRequest, Questions
 from lit_llm.data.fact_tokens import FactText, Separator, encode_facts, located
 from lit_llm.data.subjects import HOW, SubjectMatch
 from lit_llm.data.tokenized import EvaluationPrompt
@@ -33,6 +33,7 @@ class FactEncoding:
     missing_subjects: Literal["prompt_end", "drop", "refuse"] = "prompt_end"
     max_target_tokens: Optional[int] = None
     target_end: str = ""
+    counterfact: bool = False
 
     def __post_init__(self) -> None:
         if self.prompt_format.count("{}") != 1:
@@ -317,48 +318,68 @@ def encode_questions(requests: Sequence[EditRequest], encoding: FactEncoding, to
         requests: at least one.
         encoding: of the data.
         tokenizer: a fast one, of the edited model.
+
+    Raises:
+        ValueError: `counterfact` without former answers.
     """
-    plan = [(request, *asked) for request in requests for asked in _asked(request)]
+    plan = [(request, asked) for request in requests for asked in _asked(request, encoding.counterfact)]
+    if encoding.counterfact and not any(asked.is_rival and asked.kind == "reliability" for _, asked in plan):
+        raise ValueError(
+            "data.counterfact is true, but no request has a target_old, with whose likelihood that of the new answer would be "
+            "compared. Add it to the facts, or leave counterfact out."
+        )
     matches = [
-        None if kind == "locality" else located(request.edit, code, question.prompt)
-        for request, kind, code, question in plan
+        None if asked.kind == "locality" else located(request.edit, asked.language, asked.prompt)
+        for request, asked in plan
     ]
     texts = [
         _formatted(
-            code,
-            (encoding.locality_prefix if kind == "locality" else "") + question.prompt,
-            question.answer,
+            asked.language,
+            (encoding.locality_prefix if asked.kind == "locality" else "") + asked.prompt,
+            asked.answer,
             match,
             encoding.prompt_format,
         )
-        for (_, kind, code, question), match in zip(plan, matches, strict=True)
+        for (_, asked), match in zip(plan, matches, strict=True)
     ]
     by_id: dict[str, list[QuestionRow]] = {request.id: [] for request in requests}
     found: dict[str, Counter[str]] = {}
-    for (request, kind, code, question), match, text, tokens in zip(
-        plan, matches, texts, encode_facts(tokenizer, texts, encoding.target_separator), strict=True
-    ):
+    rows = encode_facts(tokenizer, texts, encoding.target_separator)
+    for (request, asked), match, text, tokens in zip(plan, matches, texts, rows, strict=True):
         how = None if match is None else match.how
-        by_id[request.id].append(QuestionRow(kind, code, text.prompt, question.answer, how, tokens))
-        if kind in ("generality", "portability"):
-            found.setdefault(code, Counter())[how] += 1
-    kinds = Counter(kind for _, kind, _, _ in plan)
+        row = QuestionRow(asked.kind, asked.language, text.prompt, asked.answer, how, tokens, asked.is_rival)
+        by_id[request.id].append(row)
+        if asked.kind in ("generality", "portability") and not asked.is_rival:
+            found.setdefault(asked.language, Counter())[how] += 1
+    own = [(request, asked) for request, asked in plan if not asked.is_rival]
+    kinds = Counter(asked.kind for _, asked in own)
     repeated = sum(
-        kind == "generality" and question.prompt == request.edit.by_language[code].prompt
-        for request, kind, code, question in plan
+        asked.kind == "generality" and asked.prompt == request.edit.by_language[asked.language].prompt
+        for request, asked in own
     )
     languages = tuple(dict.fromkeys(code for request in requests for code in request.languages))
     summary = QuestionSummary(len(requests), {kind: kinds[kind] for kind in KINDS}, repeated, found)
     return QuestionSet(list(by_id), [tuple(rows) for rows in by_id.values()], languages, summary)
 
 
-def _asked(request: EditRequest) -> list[tuple[Kind, str, Question]]:
-    asked: list[tuple[Kind, str, Question]] = []
+class _Asked(NamedTuple):
+    kind: Kind
+    language: str
+    prompt: str
+    answer: str
+    is_rival: bool = False
+
+
+def _asked(request: EditRequest, rivals: bool) -> list[_Asked]:
+    """The questions; and, for CounterFact's scores, each again with the answer that should be less likely."""
+    asked: list[_Asked] = []
     for code, fact in request.edit.by_language.items():
-        asked.append(("reliability", code, Question(fact.prompt, fact.target_new)))
-        if code in request.questions:
-            tests = request.questions[code]
-            asked += [("generality", code, Question(prompt, fact.target_new)) for prompt in tests.rephrases]
-            asked += [("locality", code, question) for question in tests.locality]
-            asked += [("portability", code, question) for question in tests.portability]
+        tests = request.questions.get(code, Questions())
+        about = [("reliability", fact.prompt), *(("generality", prompt) for prompt in tests.rephrases)]
+        asked += [_Asked(kind, code, prompt, fact.target_new) for kind, prompt in about]
+        for kind in ("locality", "portability"):
+            asked += [_Asked(kind, code, question.prompt, question.answer) for question in getattr(tests, kind)]
+        if rivals and fact.target_old is not None:
+            asked += [_Asked(kind, code, prompt, fact.target_old, True) for kind, prompt in about]
+            asked += [_Asked("locality", code, other.prompt, fact.target_new, True) for other in tests.locality]
     return asked

@@ -52,6 +52,8 @@ class Facts(PlannedData):
             target's tokens.
         prompt_format: what is put around every prompt, e.g. `Question: {} Answer:` as in MzsRE's protocol.
         locality_prefix: put before unrelated questions, e.g. `nq question: ` as in Bi-ZsRE's protocol.
+        counterfact: ask also how likely the former answer is (`target_old` of the requests), and the new one after unrelated
+            questions: the scores of CounterFact, ES, PS and NS, as ROME, MEMIT and AlphaEdit are published with.
         batch_size: facts per micro-batch and process.
         eval_batch_size: facts whose questions make up a batch of validation and test.
         num_workers: processes that build batches; 0 builds them in the main process.
@@ -76,6 +78,7 @@ class Facts(PlannedData):
         target_end: str = "",
         prompt_format: str = "{}",
         locality_prefix: str = "",
+        counterfact: bool = False,
         batch_size: int = 8,
         eval_batch_size: int = 8,
         num_workers: int = 0,
@@ -108,7 +111,13 @@ class Facts(PlannedData):
         self.known, self.known_in, self.part = known, known_in, part
         self.known_model: str | None = None
         self.encoding = FactEncoding(
-            target_separator, prompt_format, locality_prefix, missing_subjects, max_target_tokens, target_end
+            target_separator,
+            prompt_format,
+            locality_prefix,
+            missing_subjects,
+            max_target_tokens,
+            target_end,
+            counterfact,
         )
         self._chosen: FactFile | None = None
 

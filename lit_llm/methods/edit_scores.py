@@ -15,6 +15,7 @@ import torch
 from lit_llm.data.edit_batch import KINDS, Kind
 from lit_llm.editing.edit_cache import Firing
 from lit_llm.evaluation.editing import (
+    CounterFact,
     EditMatrix,
     GeneratedExactMatch,
     GeneratedF1,
@@ -26,6 +27,7 @@ from lit_llm.evaluation.editing import (
 )
 
 PROTOCOLS = {"generated": "written freely", "generated_f1": "F1 of words written freely"}
+_OF_COUNTERFACT = {"reliability": "rewrite", "generality": "paraphrase", "locality": "neighborhood"}
 PROTOCOLS |= {"tokens": "tokens, teacher-forced", "exact": "all tokens, teacher-forced", "f1": "F1, teacher-forced"}
 
 
@@ -94,6 +96,7 @@ class EditScores:
             kind: {protocol: EditMatrix(self.languages, sync_on_compute=False) for protocol in ("generated", "exact")}
             for kind in crossed
         }
+        self._counterfact: dict[str, CounterFact] = {}
         self._trigger: Counter[str] = Counter()
         self.asked: list[Question] = []
 
@@ -106,6 +109,19 @@ class EditScores:
                 self._trigger[_what_happened(question)] += 1
         self.add_crossed("all", questions)
         self.asked += questions
+
+    def compare(self, questions: Sequence[Question], rivals: Sequence[Question]) -> None:
+        """Add the likelihoods of answers beside those of their rivals, all of some facts: the same questions, answered otherwise."""
+        own = {(q.fact, q.kind, q.language, q.prompt): q.nll for q in questions}
+        pairs: dict[tuple[str, Kind, str], list[tuple[float, float]]] = {}
+        for rival in rivals:
+            nll = own[rival.fact, rival.kind, rival.language, rival.prompt]
+            new_and_true = (rival.nll, nll) if rival.kind == "locality" else (nll, rival.nll)
+            pairs.setdefault((rival.fact, rival.kind, rival.language), []).append(new_and_true)
+        for (_, kind, language), found in pairs.items():
+            new_Q, true_Q = torch.tensor(found, dtype=torch.float64).unbind(1)
+            metric = self._counterfact.setdefault(language, CounterFact(sync_on_compute=False))
+            metric.update(_OF_COUNTERFACT[kind], new_Q, true_Q)
 
     def add_crossed(self, edited: str, questions: Sequence[Question]) -> None:
         """Add questions asked under the edits of one language to the matrices."""
@@ -140,6 +156,15 @@ class EditScores:
                 found[kind] = {**by_language, "all": _mean(list(by_language.values()))}
         return found
 
+    def counterfact(self) -> dict[str, dict[str, float]]:
+        """language -> CounterFact's scores, `all` among the languages for the mean over them; empty without rivals."""
+        found = {code: self._counterfact[code].compute() for code in self.languages if code in self._counterfact}
+        scores = {
+            code: {name: value.item() for name, value in of_code.items() if value.isfinite()}
+            for code, of_code in found.items()
+        }
+        return {**scores, "all": _mean(list(scores.values()))} if scores else {}
+
     def trigger(self) -> dict[str, float]:
         """Shares of questions in percent: which of the subject's were caught, missed or taken for another fact's, and which
         unrelated ones were edited. Empty without cached edits.
@@ -168,6 +193,7 @@ class EditScores:
         return {
             "languages": self.languages,
             "scores": self.compute(),
+            "counterfact": self.counterfact(),
             "matrices": matrices,
             "trigger": self.trigger(),
             "answers": [

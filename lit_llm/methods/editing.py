@@ -240,15 +240,17 @@ class Editing(Method):
         if self._scores is None:
             self._scores = EditScores(batch.languages, self.crossed if len(self.edits) else ())
             self._asked_already = set() if self.single else self._edited_prompts(stage)
-        kept = [
+        wanted = [
             row
             for row, kind in enumerate(batch.kind_R.tolist())
             if KINDS[kind] != "locality" or batch.prompts[row] not in self._asked_already
         ]
+        kept, rivals = ([row for row in wanted if bool(batch.rival_R[row]) == rival] for rival in (False, True))
         free = {row for row in kept if freely is None or batch.examples[batch.fact_R[row]] < freely}
         asking = Asking(self.model, self._untouched, self.generation, batch)
         asked = self._asked(asking, self.edits, kept, free)
         self._scores.add(asked)
+        self._scores.compare(asked, self._asked(asking, self.edits, rivals, set()))
         for language, edits in self.alone.items():
             rows = [row for row in kept if KINDS[batch.kind_R[row]] in self.crossed and len(edits)]
             self._scores.add_crossed(language, self._asked(asking, edits, rows, free))
@@ -290,6 +292,8 @@ class Editing(Method):
                 if language == ALL:
                     for name, value in by_protocol.items():
                         self.log(f"{stage}/{kind}_{name}", value, batch_size=1)
+        for name, value in report["counterfact"].get(ALL, {}).items():
+            self.log(f"{stage}/counterfact_{name}", value, batch_size=1)
         for name, value in report["trigger"].items():
             self.log(f"{stage}/trigger/{name}", value, batch_size=1)
         self.edit_report = {**report, "facts": len(self.edits), "already_known": self.already_known}
