@@ -26,7 +26,6 @@ from lit_llm.responding import chosen_device, say
 _FACTS_AT_A_TIME, _NAMED = 8, 5
 
 
-@torch.no_grad()
 def compare_layers(
     model: str,
     source: str = "facts:countries",
@@ -60,6 +59,16 @@ def compare_layers(
     """
     if len(languages) < 2:
         raise ValueError(f"--languages is {languages}, and what languages share takes at least two.")
+    for name in ("combination", "votes", "min_neurons", "max_neurons"):
+        if getattr(locating, name) != getattr(Locating, name):
+            raise ValueError(
+                f"--locating.{name} is {getattr(locating, name)}, but `layers` compares what all languages select, before anything "
+                f"is filled up, cut or voted on. Leave it out."
+            )
+    if known is None and known_in != 2:
+        raise ValueError(
+            f"--known_in is {known_in}, but --known is not given, so all facts count. Give it, or leave both out."
+        )
     language_model = _opened(model, dtype, device)
     body = FeedForwards(language_model.transformer)
     settings = NeuronSettings(layers=list(range(body.num_layers)), locating=locating)

@@ -71,9 +71,10 @@ def paraphrase_facts(
         raise ValueError(f"--number is {number}; it counts wordings and must be at least 1.")
     if missing := [field for field in ("{subject}", "{prompt}") if field not in instruction]:
         raise ValueError(f"--instruction lacks {missing[0]}, so the model would not know what to reword. Add it.")
-    facts = chosen_requests(
-        read_requests(resolve_source(source), "drop"), languages, None, limit=limit, name=source
-    ).requests
+    chosen = chosen_requests(read_requests(resolve_source(source), "drop"), languages, None, limit=limit, name=source)
+    facts = chosen.requests
+    if chosen.dropped:
+        say(f"{source}: left out " + ", ".join(f"{count} with {reason}" for reason, count in chosen.dropped.items()))
     asked = list(_asked(facts))
     told = [
         instruction.replace("{number}", str(number)).replace("{subject}", one.subject).replace("{prompt}", one.prompt)
@@ -94,7 +95,8 @@ def paraphrase_facts(
         say(f"{to} is complete.")
         return
     answer_prompts(file, language_model, prompts, sampling, seed, batch_size)
-    written, dropped = with_wordings(facts, [file.answers[index]["response"] for index in range(len(asked))])
+    answers = [file.answers[index] for index in range(len(asked))]
+    written, dropped = with_wordings(facts, [(answer["response"], answer["finished"]) for answer in answers])
     file.finish([as_row(fact) for fact in written])
     kept = sum(len(text.paraphrases) for fact in written for text in fact.edit.by_language.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
@@ -119,8 +121,15 @@ def _subject(fact: EditRequest, code: str) -> str:
     return next((name for name in names if name in text.prompt), names[0])
 
 
-def with_wordings(facts: Sequence[EditRequest], answers: Sequence[str]) -> tuple[list[EditRequest], Counter[str]]:
-    """Facts with the wordings of answers, one answer for each prompt in their order; and why others were dropped."""
+def with_wordings(
+    facts: Sequence[EditRequest], answers: Sequence[tuple[str, bool]]
+) -> tuple[list[EditRequest], Counter[str]]:
+    """Facts with the wordings of answers, and why others were dropped.
+
+    Args:
+        facts: whose prompts were asked about.
+        answers: one for each prompt in their order, with whether it ended by itself; else its last line is cut off.
+    """
     left, dropped, written = iter(answers), Counter(), []
     for fact in facts:
         texts: dict[str, Any] = {}
@@ -132,7 +141,12 @@ def with_wordings(facts: Sequence[EditRequest], answers: Sequence[str]) -> tuple
             known[alike(text.prompt)] = "equal to the prompt"
             answers_to = [one for one in (text.target_new, text.target_old) if one and one not in text.prompt]
             found = list(text.paraphrases)
-            for wording in _lines(next(left)):
+            answer, is_finished = next(left)
+            wordings = _lines(answer)
+            if wordings and not is_finished:
+                dropped["cut off at max_new_tokens"] += 1
+                wordings.pop()
+            for wording in wordings:
                 if _subject(fact, code) not in wording:
                     dropped["without the subject"] += 1
                 elif any(one in wording for one in answers_to):

@@ -53,8 +53,13 @@ def run_python(*arguments: object, cwd: Path | None = None, environment: dict[st
 
 def fit_in_two_processes(config: Path, *options: str, strategy: str = "ddp") -> Finished:
     """`python -m lit_llm fit` with two processes."""
-    command = ["-m", "lit_llm", "fit", "--config", str(config), *options]
-    command += ["--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    command = ["-m", "lit_llm", "fit", "--config", config, *options]
+    return in_two_processes(*command, "--trainer.devices=2", f"--trainer.strategy={strategy}")
+
+
+def in_two_processes(*arguments: object) -> Finished:
+    """`python ARGUMENTS` twice, as a launcher starts the processes of one job."""
+    command = [str(argument) for argument in arguments]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from lit_llm.models.fully_sharded import divide
-from tests.processes import fit_in_two_processes
+from tests.processes import fit_in_two_processes, in_two_processes
+from tests.tiny import byte_level_tokenizer, tiny_model_folder
 from tests.tiny_languages import language_config
 from tests.tiny_runs import assert_identical, assert_same_logs, fit, largest_gap, last_weights, tiny_config
 
@@ -112,6 +114,31 @@ def test_routers_stay_float32_beside_experts_in_bfloat16(tmp_path):
     assert {value.dtype for name, value in fsdp.items() if "router" in name} == {torch.float32}
     assert {value.dtype for name, value in fsdp.items() if "experts" in name} == {torch.bfloat16}
     assert_identical(ddp, fsdp)
+
+
+def test_a_process_may_run_the_model_alone_while_it_is_whole(tmp_path):
+    model = tiny_model_folder(tmp_path / "model", family="llama", layers=3, hidden_size=16)
+    done = in_two_processes("-m", "tests.divided_alone", model)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(float(line) < 1e-6 for line in done.stdout.split())
+
+
+def test_pairs_that_may_pass_a_sliding_window_are_refused(tmp_path):
+    config = tiny_config(tmp_path, "dpo", max_steps=1)
+    model = tiny_model_folder(
+        tmp_path / "sliding",
+        family="mistral",
+        tokenizer=byte_level_tokenizer(),
+        hidden_size=16,
+        layers=1,
+        sliding_window=64,
+    )
+    method = fit(config, f"--model.init_args.student.source={model}").model
+    method.check_divided(weights=False, norms=True)
+    with pytest.raises(ValueError, match=r"sees 64 tokens .* may have 96 .*data.max_length to 32 or less"):
+        method.check_divided(weights=True, norms=True)
+    method.trainer.datamodule.encoding = replace(method.trainer.datamodule.encoding, max_length=32)
+    method.check_divided(weights=True, norms=True)
 
 
 def test_quantised_weights_are_refused():

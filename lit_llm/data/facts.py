@@ -231,8 +231,11 @@ def chosen_requests(
         name: of the data, for messages.
 
     Raises:
-        ValueError: a language that no request has, ids that no known fact has, or no request is left.
+        ValueError: a number below 1, a language that no request has, ids that no known fact has, or no request is left.
     """
+    for what, count in {"limit": limit, "known_in": known_in}.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{what} is {count}; it counts things and must be at least 1.")
     available = Counter(code for request in file.requests for code in request.languages)
     if foreign := [code for code in languages or () if code not in available]:
         raise ValueError(

@@ -69,6 +69,20 @@ class PreferenceMethod(Method):
         super().configure_model()
         turn_off_dropout(self.student)
 
+    def check_divided(self, weights: bool, norms: bool) -> None:
+        super().check_divided(weights, norms)
+        window = getattr(self.student.transformer.config.get_text_config(), "sliding_window", None)
+        if not (weights and window and self.on_pairs and self.trains_on_both):
+            return
+        longest = 2 * self.trainer.datamodule.encoding.max_length
+        if window < longest:
+            raise ValueError(
+                f"The student sees {window} tokens at a time (sliding_window), and a prompt with both answers may have {longest} "
+                f"(twice data.max_length): then one process would run the student once and another twice, but trainer.strategy "
+                f"divides its weights, for which all must do the same. Set data.max_length to {window // 2} or less, or train "
+                f"with configs/trainer/deepspeed_z2.yaml."
+            )
+
     def on_fit_start(self) -> None:
         if self.needs_reference:
             self.reference.fill(self.reference_parts)

@@ -85,19 +85,26 @@ def unsharded(module: nn.Module, step: Step) -> Iterator[None]:
     """Within the block every process holds all weights of a module, and running it exchanges nothing."""
     with torch.inference_mode(False):
         inside, closed = [part for part in module.modules() if _is_sharded(part)], []
-        opening = [part for part in inside if part not in step.beside]
+        resharding = [part for part in inside if any(group._reshard_after_forward for group in _groups(part))]
         for part in [step, *inside]:
-            if not all(group.is_unsharded for group in part._get_fsdp_state()._fsdp_param_groups):
+            if not all(group.is_unsharded for group in _groups(part)):
                 part.unshard()
                 closed.append(part)
-        for part in opening:
+        for part in resharding:
             part.set_reshard_after_forward(False, recurse=False)
+    ran = step._get_fsdp_state()._comm_ctx.post_forward_order
+    before = len(ran)
     try:
         with _hooks_laid_aside(step, _STATE_HOOKS):  # which would divide again what is asked for its state
             yield
     finally:
+        for group in ran[
+            before:
+        ]:  # or the next backward pass would gather ahead, after passes that other processes lack
+            group._post_forward_indices = [index for index in group._post_forward_indices if index < before]
+        del ran[before:]
         with torch.inference_mode(False):
-            for part in opening:
+            for part in resharding:
                 part.set_reshard_after_forward(True, recurse=False)
             for part in closed:
                 part.reshard()
@@ -194,6 +201,10 @@ def _of_rare_types(module: nn.Module, divided: set[nn.Parameter]) -> list[nn.Mod
 
 def _is_part(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor, whose module is slow to import
+
+
+def _groups(part: nn.Module) -> list:
+    return list(part._get_fsdp_state()._fsdp_param_groups)
 
 
 def _is_sharded(module: nn.Module) -> bool:

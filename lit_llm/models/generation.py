@@ -222,7 +222,13 @@ def _continue(
         **chosen,
     )
     with evaluating(model), _only(settings, model), _dense_head_input(model):
-        return model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=settings, **more)
+        return model.generate(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            generation_config=settings,
+            synced_gpus=False,  # what FSDP divides is whole here, and processes generate by themselves
+            **more,
+        )
 
 
 def _beyond(model: nn.Module, num_tokens: int | None) -> list[int] | None:

@@ -49,6 +49,28 @@ def test_contrast_compares_all_facts_with_each_other(model, facts, capsys):
     assert len(rows(capsys.readouterr().out)) == 4
 
 
+def test_attributions_are_compared_too(model, facts, capsys):
+    options = ["--locating.statistic", "integrated_gradients", "--limit", "2"]
+    main(["layers", "--model", str(model), "--source", str(facts), *LANGUAGES, *options])
+    assert len(rows(capsys.readouterr().out)) == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("locating.max_neurons", "64"),
+        ("locating.combination", "vote"),
+        ("known_in", "1"),
+        ("limit", "0"),
+        ("limit", "-1"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(model, facts, capsys, option, value):
+    with pytest.raises(SystemExit):
+        main(["layers", "--model", str(model), "--source", str(facts), *LANGUAGES, f"--{option}", value])
+    assert re.search(rf"{option.split('.')[-1]} is {value}", capsys.readouterr().err)
+
+
 def test_one_language_shares_with_none(model, facts, capsys):
     with pytest.raises(SystemExit):
         main(["layers", "--model", str(model), "--source", str(facts), "--languages", '["en"]'])

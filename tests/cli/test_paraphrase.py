@@ -27,7 +27,7 @@ MALTA = EditRequest(
 
 def test_lines_lose_numbers_bullets_and_quotation_marks():
     answer = '1. Malta has the capital\n- "Capital of Malta:"\n(3) Malta is ruled from\n\n* „Malta, capital:“'
-    (found,), dropped = with_wordings([MALTA], [answer, ""])
+    (found,), dropped = with_wordings([MALTA], [(answer, True), ("", True)])
     kept = found.edit.by_language["en"].paraphrases
     assert kept[1:] == ("Malta has the capital", "Capital of Malta:", "Malta is ruled from", "Malta, capital:")
     assert not dropped
@@ -41,7 +41,7 @@ def test_a_wording_that_tells_nothing_new_is_dropped_with_its_reason():
         "The capital city of Malta:",
     ]
     lines += ["Malta's capital:", "Malta's chief town is", "Malta's chief town IS", "Malta's capital is Oslo"]
-    (found,), dropped = with_wordings([MALTA], ["\n".join(lines), ""])
+    (found,), dropped = with_wordings([MALTA], [("\n".join(lines), True), ("", True)])
     assert found.edit.by_language["en"].paraphrases == (
         "Malta's capital:",
         "the capital of  MALTA is Malta",
@@ -56,8 +56,16 @@ def test_a_wording_that_tells_nothing_new_is_dropped_with_its_reason():
     }
 
 
+def test_the_last_line_of_an_answer_that_was_cut_is_left_out():
+    (found,), dropped = with_wordings([MALTA], [("Malta's seat is\nMalta is ruled from the", False), ("", False)])
+    assert found.edit.by_language["en"].paraphrases[1:] == ("Malta's seat is",)
+    assert dropped == {"cut off at max_new_tokens": 1}
+
+
 def test_answers_belong_to_prompts_in_their_order():
-    (found,), _ = with_wordings([MALTA], ["Malta's seat is", "Maltas Hauptstadt ist\nMalta wird regiert aus"])
+    (found,), _ = with_wordings(
+        [MALTA], [("Malta's seat is", True), ("Maltas Hauptstadt ist\nMalta wird regiert aus", True)]
+    )
     assert found.edit.by_language["en"].paraphrases[1:] == ("Malta's seat is",)
     assert found.edit.by_language["de"].paraphrases == ("Maltas Hauptstadt ist", "Malta wird regiert aus")
 
@@ -75,13 +83,24 @@ def test_the_file_is_one_of_facts_and_is_written_once(tmp_path, capsys):
     facts = write_facts(tmp_path / "facts.jsonl", 3)
     call = ["paraphrase", "--model", str(model), "--source", str(facts), "--to", str(tmp_path / "more.jsonl")]
     main([*call, "--max_new_tokens", "12", "--languages", '["de"]'])
-    assert "wordings of 3 prompts" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "wordings of 3 prompts" in said and "left out" not in said
     assert [request.languages for request in read_requests(tmp_path / "more.jsonl").requests] == [("de",)] * 3
     main([*call, "--max_new_tokens", "12", "--languages", '["de"]'])
     assert "is complete" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*call, "--max_new_tokens", "13", "--languages", '["de"]'])
     assert "max_new_tokens" in capsys.readouterr().err
+
+
+def test_facts_that_are_left_out_are_told(tmp_path, capsys):
+    model, facts = tiny_model_folder(tmp_path / "model", layers=1), write_facts(tmp_path / "facts.jsonl", 3)
+    rows = [json.loads(line) for line in facts.read_text().splitlines()]
+    del rows[1]["by_lang"]["de"]
+    facts.write_text("\n".join(map(json.dumps, rows)))
+    call = ["paraphrase", "--model", str(model), "--source", str(facts), "--to", str(tmp_path / "more.jsonl")]
+    main([*call, "--max_new_tokens", "4", "--languages", '["de"]'])
+    assert "left out 1 with no text in de" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
