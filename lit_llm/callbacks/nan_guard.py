@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lit_llm.models.fully_sharded import whole
 from lit_llm.storage import complete_file
 
 FOLDER = "non_finite"
@@ -160,7 +159,8 @@ def _plain(value: Any) -> Any:
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return whole(nn.utils.get_total_norm(gradients)).float() if gradients else torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()  # under FSDP each process has a part
 
 
 def _message(trainer: L.Trainer, losses: list[float], examples: list[tuple[int, ...]], terms: dict[str, float]) -> str:

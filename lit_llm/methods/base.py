@@ -246,7 +246,7 @@ class Method(Answering):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # DeepSpeed clips by itself, and says the norm afterwards
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            norm = self._gradient_norm(self.parameters())
+            norm = self.gradient_norm(self.parameters())
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             self.log("train/grad_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
@@ -284,7 +284,8 @@ class Method(Answering):
         """
 
     @staticmethod
-    def _gradient_norm(parameters) -> Tensor:
+    def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Of all processes' gradients, 0 without any; every process asks."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return whole(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
 

@@ -336,7 +336,7 @@ class DSKD(Distillation):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         projectors = self._projector_parameters()
         if not isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which has no whole gradients to measure
-            self.log("train/projector_grad_norm", self._gradient_norm(projectors))
+            self.log("train/projector_grad_norm", self.gradient_norm(projectors))
         if self.settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(projectors, self.settings.gradient_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
