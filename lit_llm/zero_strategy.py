@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -20,14 +20,15 @@ from torch import nn
 
 from lit_llm.checkpoint_io import read_checkpoint
 from lit_llm.models.language_model import Frozen
-from lit_llm.models.sharding import gathered, remember_offload
+from lit_llm.models.sharding import remember_offload
 from lit_llm.storage import replace_folder
+from lit_llm.whole_evaluation import WholeEvaluation
 from lit_llm.zero_checkpoint import check_processes, tensors_only
 
 _MINUTES = 30
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, for several models and for checkpoints that are whole or absent.
 
     What is trained is divided among processes: optimizer states (stage 1), gradients too (2), weights too (3). Frozen
@@ -84,7 +85,6 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.config["zero_force_ds_cpu_optimizer"] = False  # offloaded states are updated by torch's fused AdamW
         if stage == 3:
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = whole_below
-        self._whole = ExitStack()
 
     # ------------------------------------------------------------------ start
 
@@ -196,31 +196,6 @@ class ZeroStrategy(DeepSpeedStrategy):
     def predict_step(self, *args: Any) -> Any:
         with self.precision_plugin.predict_step_context():
             return self.lightning_module.predict_step(*args)
-
-    def on_validation_start(self) -> None:
-        self._gather()
-
-    def on_validation_end(self) -> None:
-        self._whole.close()
-
-    def on_test_start(self) -> None:
-        self._gather()
-
-    def on_test_end(self) -> None:
-        self._whole.close()
-
-    def on_predict_start(self) -> None:
-        self._gather()
-
-    def on_predict_end(self) -> None:
-        self._whole.close()
-
-    def _gather(self) -> None:
-        self._whole.enter_context(gathered(self.lightning_module))
-
-    def teardown(self) -> None:
-        self._whole.pop_all()  # after an error not all processes get here
-        super().teardown()
 
     # ------------------------------------------------------------ checkpoints
 

@@ -98,9 +98,8 @@ def unsharded(module: nn.Module, step: Step) -> Iterator[None]:
         with _hooks_laid_aside(step, _STATE_HOOKS):  # which would divide again what is asked for its state
             yield
     finally:
-        for group in ran[
-            before:
-        ]:  # or the next backward pass would gather ahead, after passes that other processes lack
+        # or the next backward pass would gather ahead, after passes that other processes lack
+        for group in ran[before:]:
             group._post_forward_indices = [index for index in group._post_forward_indices if index < before]
         del ran[before:]
         with torch.inference_mode(False):
@@ -116,24 +115,18 @@ def whole_parameters_on(module: nn.Module, step: Step, here: bool) -> Iterator[N
 
     All processes enter together; weights are gathered one by one.
     """
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
     for part in step.modules():
         if _is_sharded(part):
             part.reshard()
-    copies: dict[nn.Parameter, nn.Parameter | None] = {}
+    copies: dict[nn.Parameter, nn.Parameter] = {}
     for parameter in module.parameters():  # each once, tied ones too
         if _is_part(parameter):
-            whole_one = whole(parameter.detach())
-            copies[parameter] = (
-                nn.Parameter(whole_one.to("cpu", copy=True), parameter.requires_grad) if here else parameter
-            )
-    places = [
-        (part, name, own)
-        for part in module.modules()
-        for name, own in part._parameters.items()
-        if own is not None and own in copies
-    ]
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-
+            gathered = whole(parameter.detach())
+            if here:
+                copies[parameter] = nn.Parameter(gathered.to("cpu", copy=True), parameter.requires_grad)
+    places = [(part, name, own) for part in module.modules() for name, own in part._parameters.items() if own in copies]
     marks = [(part, key) for part in module.modules() for key in (STATE_KEY, REGISTRY_KEY) if key in vars(part)]
     marks = [(part, key, vars(part).pop(key)) for part, key in marks]
     kinds = [(part, type(part)) for part in module.modules() if _is_sharded(part)]

@@ -1,5 +1,6 @@
 """`layers` and `covariance` as a user calls them, on a tiny model."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from lit_llm.cli import main
 from lit_llm.storage import cache_folder
 from tests.tiny import tiny_model_folder
-from tests.tiny_edits import write_facts
+from tests.tiny_edits import edit_config, write_facts
+from tests.tiny_runs import fit
 
 LANGUAGES = ["--languages", '["en", "de"]']
 
@@ -92,6 +94,19 @@ def test_covariance_tells_its_error_and_is_kept_for_runs(model, tmp_path, capsys
     before = kept.stat().st_mtime_ns
     main([*call, "--text.tokens", "2000"])
     assert kept.stat().st_mtime_ns == before
+
+
+def test_a_run_finds_what_covariance_has_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The river number {i} flows to the sea, and {i + 1} boats go up." for i in range(200)))
+    sources, kept = {"en": str(text)}, cache_folder() / "covariance"
+    config = edit_config(tmp_path, "MEMIT", text={"sources": sources, "tokens": 2000}, layers=[1])
+    call = ["covariance", "--model", str(tmp_path / "model"), "--layers", "[1]", "--text.sources", json.dumps(sources)]
+    main([*call, "--text.tokens", "2000"])
+    before = {file.name: file.stat().st_mtime_ns for file in kept.iterdir()}
+    fit(config)
+    assert {file.name: file.stat().st_mtime_ns for file in kept.iterdir()} == before and len(before) == 1
 
 
 def test_covariance_says_when_there_are_fewer_tokens_than_neurons(model, tmp_path, capsys):

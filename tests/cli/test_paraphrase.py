@@ -105,7 +105,11 @@ def test_facts_that_are_left_out_are_told(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("instruction", "Reword {prompt}", "lacks {subject}"), ("number", "0", "must be at least 1")],
+    [
+        ("instruction", "Reword {prompt} {number} times", "lacks {subject}"),
+        ("instruction", "Reword {prompt} with {subject}", "lacks {number}"),
+        ("number", "0", "must be at least 1"),
+    ],
 )
 def test_a_call_that_makes_no_sense_is_refused(tmp_path, capsys, option, value, said):
     with pytest.raises(SystemExit):
