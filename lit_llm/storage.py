@@ -6,7 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import disk_usage, rmtree
 from tempfile import TemporaryFile, mkdtemp
@@ -97,15 +97,16 @@ def complete_file(path: Path) -> Iterator[Path]:
     Raises:
         CannotWrite: the disk did not take it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = _scratch_folder(path)  # libraries write beside the file that they are given: all of it is in here
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = scratch / path.name
             yield partial
             os.replace(partial, path)
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def complete_folder(path: Path) -> Iterator[Path]:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        scratch = _scratch_folder(path)
     try:
         with writing(path):
             scratch.chmod(0o755)
@@ -131,12 +132,12 @@ def complete_folder(path: Path) -> Iterator[Path]:
         rmtree(scratch, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Take away what killed processes had begun to write directly in a folder.
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Take away what killed processes had begun to write directly in a folder, under one name or any.
 
     For the process that is the only one to write there, before it does.
     """
-    for partial in folder.glob(".*.partial"):
+    for partial in folder.glob(".*.partial" if name is None else f".{name}.*.partial"):
         _remove(partial)
 
 
@@ -153,6 +154,10 @@ def replace_folder(scratch: Path, path: Path) -> None:
         os.replace(old, path)
         raise
     _remove(old)
+
+
+def _scratch_folder(path: Path) -> Path:
+    return Path(mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -79,8 +80,22 @@ def test_what_killed_processes_had_begun_is_taken_away_and_nothing_else(tmp_path
     for name in (".last.ckpt.17.partial", "last.ckpt", ".hidden"):
         (tmp_path / name).write_text("")
     (tmp_path / ".model.x.partial").mkdir()
+    remove_leftovers(tmp_path, "model")
+    assert sorted(os.listdir(tmp_path)) == [".hidden", ".last.ckpt.17.partial", "last.ckpt"]
     remove_leftovers(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".hidden", "last.ckpt"]
+
+
+def test_what_a_library_leaves_beside_its_file_when_it_is_killed_goes_with_it(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    if (killed := os.fork()) == 0:
+        with complete_file(file) as partial:  # safetensors writes to a name of its own in the same folder
+            (partial.parent / ".tmpAbCdEf").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(killed, 0)
+    assert len(os.listdir(tmp_path)) == 1
+    remove_leftovers(tmp_path, file.name)
+    assert not os.listdir(tmp_path)
 
 
 def test_one_flipped_bit_anywhere_in_the_tensors_of_a_checkpoint_is_noticed(tmp_path):

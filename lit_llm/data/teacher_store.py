@@ -30,7 +30,7 @@ from lit_llm.data.shard_files import check_sum, readable, whole_tensors
 from lit_llm.data.stored_answers import AnswerSet
 from lit_llm.data.tokenized import TokenizedSet
 from lit_llm.losses.divergence import at_least_float32
-from lit_llm.storage import complete_file, write_atomically
+from lit_llm.storage import complete_file, remove_leftovers, write_atomically
 
 _FORMAT = 1  # raise it when the meaning of a shard changes
 _SECONDS_BETWEEN_LINES = 10.0
@@ -215,8 +215,7 @@ class StoredPart:
         if any(len(tensor) != expected for tensor in whole.values()):
             raise ValueError(f"Shard {number} has {expected} rows, but {[len(t) for t in whole.values()]} were given.")
         file = self._file(number)
-        for leftover in self.folder.glob(f".{file.name}.*.partial"):
-            leftover.unlink()  # of a process that was killed; we hold the lock
+        remove_leftovers(self.folder, file.name)  # of a process that was killed; we hold the lock
         with complete_file(file) as partial:
             metadata = {"key": self._key, "measures": json.dumps(totals), "crc32": check_sum(whole)}
             save_file(whole, partial, metadata=metadata)

@@ -130,7 +130,8 @@ def test_writing_goes_on_after_the_last_complete_shard(tmp_path):
     ]
     assert kept and done and part.missing()
     partial = part.folder / f".shard-{part.missing()[0]:05d}.safetensors.123.partial"
-    partial.write_bytes(b"half a shard")  # what a killed process leaves
+    partial.mkdir()  # what a killed process leaves
+    (partial / ".tmp1a2b3c").write_bytes(b"half a shard")
 
     again = part_in(tmp_path, examples)
     writer = Writer(again)
