@@ -27,8 +27,8 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
     """Lightning's FSDP2 strategy, for several models.
 
     What is trained is divided among all processes: weights, gradients, optimizer states. A decoder layer is gathered when it
-    runs; embeddings, head, final norm and projectors once a micro-batch. Frozen models beside it are whole on every process,
-    and in no checkpoint. Models are built whole in main memory, each process for itself, and divided afterwards. During
+    runs; embeddings, head, final norm and projectors once a micro-batch. Frozen models beside it are in no checkpoint, and whole
+    on every process unless they are divided too. Models are built whole in main memory, each process for itself, and divided afterwards. During
     evaluation and while answers are sampled every process holds all weights, so that processes may have different numbers of
     batches and tokens.
 
@@ -36,11 +36,14 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
     `accelerator: cpu` it runs in plain processes with gloo.
 
     Args:
+        divide_frozen: keep a part of each decoder layer of the frozen models on each process, see `models.divided_frozen`.
         timeout: minutes after which processes stop waiting for each other.
     """
 
-    def __init__(self, timeout: int = _MINUTES) -> None:
-        super().__init__(save_distributed_checkpoint=False, timeout=timedelta(minutes=timeout))
+    def __init__(self, divide_frozen: bool = False, timeout: int = _MINUTES) -> None:
+        super().__init__(
+            save_distributed_checkpoint=False, divide_frozen=divide_frozen, timeout=timedelta(minutes=timeout)
+        )
         self.checkpoint_io = StreamedCheckpointIO()
         self._step: Step | None = None
 
@@ -54,6 +57,7 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         fits = trainer.state.fn == TrainerFn.FITTING
+        self.divide_frozen_models(self.device_mesh["data_parallel"])
         if fits and self._step is None:
             self._divide()
         self.model_to_device()
@@ -66,7 +70,7 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
 
     def _divide(self) -> None:
         module = self.lightning_module
-        module.check_divided(weights=True, norms=True)
+        module.check_divided(weights=True, frozen=self.divide_frozen, norms=True)
         models = [part for part in module.modules() if isinstance(part, LanguageModel)]
         layers = [layer for model in models for layer in layer_stack(model.transformer)]
         self._step = divide(module, layers, self.device_mesh["data_parallel"])

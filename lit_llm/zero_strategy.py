@@ -17,6 +17,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from lit_llm.checkpoint_io import read_checkpoint
 from lit_llm.models.language_model import Frozen
@@ -32,8 +33,8 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
     """Lightning's DeepSpeed strategy, for several models and for checkpoints that are whole or absent.
 
     What is trained is divided among processes: optimizer states (stage 1), gradients too (2), weights too (3). Frozen
-    models beside it are whole on every process, and in no checkpoint. Models are built whole in main memory, each process
-    for itself, and divided afterwards. During evaluation and while answers are sampled every process holds all weights, so
+    models beside it are in no checkpoint, and whole on every process unless they are divided too. Models are built whole in main
+    memory, each process for itself, and divided afterwards. During evaluation and while answers are sampled every process holds all weights, so
     that processes may have different numbers of batches and tokens.
 
     The gradient is clipped as `trainer.gradient_clip_val` says, and not at all without it. Checkpoints are folders, which
@@ -46,6 +47,7 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
         offload_parameters: stage 3: keep the divided weights in main memory.
         whole_below: stage 3: parameters with fewer numbers than this stay whole.
         bucket_size: numbers that are reduced or gathered at a time.
+        divide_frozen: keep a part of each decoder layer of the frozen models on each process, see `models.divided_frozen`.
         timeout: minutes after which processes stop waiting for each other.
     """
 
@@ -56,6 +58,7 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
         offload_parameters: bool = False,
         whole_below: int = 100_000,
         bucket_size: int = 200_000_000,
+        divide_frozen: bool = False,
         timeout: int = _MINUTES,
     ) -> None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -75,6 +78,7 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
             )
         super().__init__(
             stage=stage,
+            divide_frozen=divide_frozen,
             offload_optimizer=offload_optimizer,
             offload_parameters=offload_parameters,
             reduce_bucket_size=bucket_size,
@@ -128,7 +132,8 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer, lr_scheduler=None):
         check = getattr(model, "check_divided", None)
         if check is not None:
-            check(weights=self.zero_stage_3, norms=False)
+            check(weights=self.zero_stage_3, frozen=self.divide_frozen, norms=False)
+        self._divide_frozen()
         self._divide(model)
         engine, optimizer = super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         if self.zero_stage_3:
@@ -137,7 +142,12 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Evaluation alone needs no engine: every process holds all weights then, as during validation."""
+        self._divide_frozen()
         self.model = model.to(self.root_device)
+
+    def _divide_frozen(self) -> None:
+        if self.divide_frozen:
+            self.divide_frozen_models(init_device_mesh(self.root_device.type, (self.world_size,)))
 
     def _divide(self, model: nn.Module) -> None:
         """Stage 3: keep a part of every parameter, one after the other, and bring everything else to the device."""
@@ -181,21 +191,6 @@ class ZeroStrategy(WholeEvaluation, DeepSpeedStrategy):
         if norm is not None:
             self.lightning_module.log("train/grad_norm", torch.as_tensor(norm, dtype=torch.float32))
         return result
-
-    # ------------------------------------------------------------- evaluation
-
-    def validation_step(self, *args: Any) -> Any:
-        """Without the engine, whose first module would wait for those of the other processes."""
-        with self.precision_plugin.val_step_context():
-            return self.lightning_module.validation_step(*args)
-
-    def test_step(self, *args: Any) -> Any:
-        with self.precision_plugin.test_step_context():
-            return self.lightning_module.test_step(*args)
-
-    def predict_step(self, *args: Any) -> Any:
-        with self.precision_plugin.predict_step_context():
-            return self.lightning_module.predict_step(*args)
 
     # ------------------------------------------------------------ checkpoints
 

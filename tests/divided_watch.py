@@ -8,6 +8,7 @@ import torch
 from lit_llm.models import dispatch, experts, fully_sharded
 from lit_llm.models.language_model import Frozen
 from lit_llm.models.sharding import divided_parameters
+from lit_llm.models.surgery import layer_stack
 
 
 class DividedWatch(L.Callback):
@@ -15,9 +16,10 @@ class DividedWatch(L.Callback):
 
     Attributes:
         counted: `head`: largest number of times that the student's head was gathered in a micro-batch after the first;
-            `divided`: share of the method's parameters of which each process holds a part; `frozen_whole`: whether every
-            frozen model is whole and trains nothing; `experts_without_tokens`: whether there were any, on one rank or
-            another.
+            `divided`: share of the method's parameters of which each process holds a part; `frozen`: of which parts of the
+            frozen models it holds a part, `nothing`, `layers` (all of the decoder layers) or `something else`;
+            `frozen_trains`: whether any of their parameters does; `experts_without_tokens`: whether there were any, on one
+            rank or another.
     """
 
     def __init__(self) -> None:
@@ -30,9 +32,12 @@ class DividedWatch(L.Callback):
         frozen = [module.model for module in pl_module.modules() if isinstance(module, Frozen)]
         inside = {id(parameter) for parameter in parameters}
         own = [p for model in frozen for p in getattr(model, "parameters", list)() if id(p) not in inside]
+        layers = {id(p) for model in frozen if own for p in layer_stack(model.transformer).parameters()} - inside
         parts = [p for p in parameters if hasattr(p, "full_tensor")] if self._step else divided
         self.counted["divided"] = len([p for p in parts if self._step or not p.numel()]) / len(parameters)
-        self.counted["frozen_whole"] = all(p.numel() > 0 and not p.requires_grad for p in own)
+        partial = frozenset(id(p) for p in own if not p.numel() or _is_part(p))
+        self.counted["frozen"] = {frozenset(layers): "layers", frozenset(): "nothing"}.get(partial, "something else")
+        self.counted["frozen_trains"] = any(p.requires_grad for p in own)
         if self._step is not None:
             self._watch_step()
         elif divided:
@@ -89,3 +94,7 @@ class DividedWatch(L.Callback):
             return found
 
         experts.dispatch.segments = segments
+
+
+def _is_part(parameter) -> bool:
+    return hasattr(parameter, "full_tensor") and parameter.to_local().numel() < parameter.numel()

@@ -19,6 +19,8 @@ from tests.tiny_runs import assert_identical, assert_same_logs, fit, largest_gap
 ROOT = Path(__file__).parents[1]
 FSDP = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy"}'
 CASES, RESUMED = ("sft_leftover", "kd_lora", "dskd_cross", "align", "moe1"), ("kd_lora", "align")
+EVERY = [(case, "fsdp") for case in CASES] + [(case, "fsdp_frozen") for case in ("kd_lora", "dskd_cross", "align")]
+CONTINUED = [(case, stage) for case, stage in EVERY if case in RESUMED]
 IN_PARTS = [
     *("--data.init_args.bucket=1", "--trainer.limit_val_batches=0"),
     "--model.init_args.projectors.masked_mean=labelled",  # independent of how a batch is split
@@ -29,52 +31,53 @@ DIES = ("--trainer.callbacks+=tests.tiny_runs.DieAt", "--trainer.callbacks.step=
 
 
 @pytest.fixture(scope="session")
-def found(once, tmp_path_factory) -> dict[str, dict]:
-    """What `tools/check_scale.py` notes, by case; every case trains under DDP and under FSDP."""
-    return {row["case"]: row for row in once("fully_sharded", lambda: compared(tmp_path_factory))}
+def found(once, tmp_path_factory) -> dict[tuple[str, str], dict]:
+    """What `tools/check_scale.py` notes; every case trains under DDP and under FSDP, with frozen models whole and divided."""
+    return {(row["case"], row["stage"]): row for row in once("fully_sharded", lambda: compared(tmp_path_factory))}
 
 
 def compared(tmp_path_factory) -> list[dict]:
     file = tmp_path_factory.mktemp("fully_sharded") / "found.json"
     command = [sys.executable, str(ROOT / "tools" / "check_scale.py"), "--json", str(file), "--cases", *CASES]
-    command += ["--stages", "fsdp", "--resume", *RESUMED]
+    command += ["--stages", "fsdp", "fsdp_frozen", "--resume", *RESUMED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fsdp_trains_as_ddp_does(found, case):
-    row = found[case]
+@pytest.mark.parametrize(("case", "stage"), EVERY)
+def test_fsdp_trains_as_ddp_does(found, case, stage):
+    row = found[case, stage]
     assert row["loss"] < 2e-6 and row["norm"] < 1e-6  # losses around 6, in float32
     assert row["val"] < 1e-5 and row["weights"] < 1e-5  # AdamW divides by the root of squared gradients close to 0
     assert row["missing_metrics"] == []
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_everything_trained_is_divided_and_nothing_frozen(found, case):
-    assert found[case]["divided"] == 1
-    assert found[case]["frozen_whole"]
+@pytest.mark.parametrize(("case", "stage"), EVERY)
+def test_everything_trained_is_divided_and_of_frozen_models_what_is_asked_for(found, case, stage):
+    row = found[case, stage]
+    assert row["divided"] == 1
+    assert row["frozen"] == ("layers" if stage == "fsdp_frozen" else "nothing") and not row["frozen_trains"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_head_is_gathered_once_a_micro_batch(found, case):
-    assert found[case]["head"] == 1
+@pytest.mark.parametrize(("case", "stage"), EVERY)
+def test_the_head_is_gathered_once_a_micro_batch(found, case, stage):
+    assert found[case, stage]["head"] == 1
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_checkpoint_holds_what_that_of_ddp_holds(found, case):
-    assert found[case]["other_names"] == []
+@pytest.mark.parametrize(("case", "stage"), EVERY)
+def test_a_checkpoint_holds_what_that_of_ddp_holds(found, case, stage):
+    assert found[case, stage]["other_names"] == []
 
 
-@pytest.mark.parametrize("case", RESUMED)
-def test_a_stopped_run_continues_bit_for_bit_and_its_checkpoint_becomes_a_plain_model(found, case):
-    assert found[case]["resumed"] == 0
-    assert found[case]["export"] == 0
+@pytest.mark.parametrize(("case", "stage"), CONTINUED)
+def test_a_stopped_run_continues_bit_for_bit_and_its_checkpoint_becomes_a_plain_model(found, case, stage):
+    assert found[case, stage]["resumed"] == 0
+    assert found[case, stage]["export"] == 0
 
 
 def test_some_experts_got_no_token_in_a_process(found):
-    assert found["moe1"]["experts_without_tokens"]
+    assert found["moe1", "fsdp"]["experts_without_tokens"]
 
 
 def test_projectors_are_clipped_by_the_norm_of_all_processes(tmp_path):
@@ -134,11 +137,28 @@ def test_pairs_that_may_pass_a_sliding_window_are_refused(tmp_path):
         sliding_window=64,
     )
     method = fit(config, f"--model.init_args.student.source={model}").model
-    method.check_divided(weights=False, norms=True)
+    method.check_divided(weights=False, frozen=False, norms=True)
     with pytest.raises(ValueError, match=r"sees 64 tokens .* may have 96 .*data.max_length to 32 or less"):
-        method.check_divided(weights=True, norms=True)
+        method.check_divided(weights=True, frozen=False, norms=True)
     method.trainer.datamodule.encoding = replace(method.trainer.datamodule.encoding, max_length=32)
-    method.check_divided(weights=True, norms=True)
+    method.check_divided(weights=True, frozen=False, norms=True)
+
+
+def test_frozen_models_are_not_divided_where_processes_would_not_run_them_equally_often(tmp_path):
+    store = f"--model.init_args.teacher_store.folder={tmp_path / 'store'}"
+    method = fit(tiny_config(tmp_path / "kd", "kd", max_steps=1), store).model
+    method.check_divided(weights=True, frozen=False, norms=True)
+    with pytest.raises(ValueError, match=r"teacher_store.folder is .* and strategy.divide_frozen is true"):
+        method.check_divided(weights=False, frozen=True, norms=True)
+    method = fit(tiny_config(tmp_path / "sampled", "kd_sampled", max_steps=1)).model
+    with pytest.raises(ValueError, match=r"student_fraction is 0.5, .* without divide_frozen"):
+        method.check_divided(weights=False, frozen=True, norms=True)
+
+
+def test_nothing_frozen_to_divide_is_refused(tmp_path):
+    asked = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy", "init_args": {"divide_frozen": true}}'
+    done = fit_in_two_processes(tiny_config(tmp_path, "sft", max_steps=1), strategy=asked)
+    assert done.returncode and "SFT holds no frozen model" in done.stderr
 
 
 def test_quantised_weights_are_refused():

@@ -4,7 +4,7 @@
     python tools/check_scale.py --cases kd_chunks dskd --stages 3 fsdp
     python tools/check_scale.py --nodes                           # two launcher agents on loopback as two nodes
 
-Stages with a number need `lit_llm[deepspeed]`. Each case is a config of the tests: 4 optimizer steps under DDP, the same under
+Stages with `_frozen` divide frozen models too, in cases that hold one. Stages with a number need `lit_llm[deepspeed]`. Each case is a config of the tests: 4 optimizer steps under DDP, the same under
 `ZeroStrategy` or `FsdpStrategy`, and 2 steps, a stop, and 2 more from the checkpoint. Columns, where 0 is equal to the last bit:
 
 - loss, norm, val: largest difference of the training loss, the gradient's norm and the validation loss from DDP;
@@ -51,6 +51,7 @@ CASES = {  # name -> config of the tests, options
     "shared_cross": ("shared_cross", []),
     "gold_cross": ("gold_cross", []),
     "dpo": ("dpo", []),
+    "tdpo": ("dpo", ["--model.init_args.loss=tdpo2"]),
     "kto": ("kto", []),
     "align": ("align", []),
     "align_sampled": ("align_sampled", [SAMPLED]),
@@ -68,7 +69,11 @@ STAGES = {
     "3": DIVIDED,
     "3_offload": {**DIVIDED, **OFFLOADED, "offload_parameters": True},
     "fsdp": {},
+    "2_frozen": {"stage": 2, "divide_frozen": True},
+    "3_frozen": {**DIVIDED, "divide_frozen": True},
+    "fsdp_frozen": {"divide_frozen": True},
 }
+HOLDS_NO_FROZEN = ("sft", "dpo", "kto", "moe")  # beginnings of cases
 STEPS, STOP = 4, 2
 COLUMNS = ("loss", "norm", "val", "weights", "resumed", "export", "in_checkpoint", "head")
 
@@ -97,7 +102,7 @@ def main() -> None:
 def divided_beside_ddp(work: Path, options: argparse.Namespace) -> list[dict]:
     """Write the configs, fork two processes, and collect what the first one notes."""
     os.environ.update(environment(work), DS_ACCELERATOR="cpu", TOKENIZERS_PARALLELISM="false")
-    if set(options.stages) - {"fsdp"}:
+    if any(not stage.startswith("fsdp") for stage in options.stages):
         import deepspeed  # noqa: F401  once for both
     import torch
 
@@ -171,10 +176,11 @@ class Worker:
         for name in options.cases:
             self.fit(name, "ddp", "--trainer.strategy=ddp")
             for stage in options.stages:
-                self.note(name, stage)
+                if not (stage.endswith("_frozen") and name.startswith(HOLDS_NO_FROZEN)):
+                    self.note(name, stage)
 
     def note(self, name: str, stage: str) -> None:
-        kind = "fsdp_strategy.FsdpStrategy" if stage == "fsdp" else "zero_strategy.ZeroStrategy"
+        kind = "fsdp_strategy.FsdpStrategy" if stage.startswith("fsdp") else "zero_strategy.ZeroStrategy"
         strategy = {"class_path": f"lit_llm.{kind}", "init_args": STAGES[stage]}
         divided, folder = [f"--trainer.strategy={json.dumps(strategy)}"], self.work / name / "runs" / name
         self.fit(name, f"z{stage}", *divided)

@@ -113,8 +113,8 @@ class StepSampler(Sampler[MicroBatch]):
     def __len__(self) -> int:
         if self.grouping is not None:
             return self.grouping.num_rounds
-        rows, per_round = len(self.lengths), self.batch_size * self.world_size
-        return rows // per_round if self.drop_last else -(-rows // per_round)
+        rounds, left = divmod(len(self.lengths), self.batch_size * self.world_size)
+        return rounds + (not self.drop_last and self.rank < left)
 
     @property
     def fill(self) -> float:

@@ -69,6 +69,17 @@ class TeacherStore:
             if value is not None and value < 1:
                 raise ValueError(f"teacher_store.{name} is {value}; it counts things and must be at least 1.")
 
+    def refuse_divided(self) -> None:
+        """Asked where a strategy is to divide frozen models.
+
+        Raises:
+            ValueError: always: each process fills its share of a store alone.
+        """
+        raise ValueError(
+            f"model.teacher_store.folder is {self.folder!r} and strategy.divide_frozen is true, but a store is filled by whole "
+            f"models, and what it was filled from is let go. Leave one of the two out."
+        )
+
 
 class StoredPart:
     """One part of a store: plans it, writes it, reads it. Cheap to pickle; shards are opened where they are read.

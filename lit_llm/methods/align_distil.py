@@ -96,6 +96,11 @@ class AlignDistil(PreferenceDistillation):
     def keeps_start(self) -> bool:
         return self.watch_start
 
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
+        super().check_divided(weights, frozen, norms)
+        for store in self.stores.values() if frozen else ():
+            store.settings.refuse_divided()
+
     # ---------------------------------------------------------------- models
 
     def frozen_model(self, name: str) -> Frozen:

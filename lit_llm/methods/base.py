@@ -272,11 +272,12 @@ class Method(Answering):
         terms = cross_entropy(hidden_TD, self.student.head, batch.student.target_T, chunk_size=self.loss_chunk)
         return terms.loss * (weight * self.step_weight(batch, batch.step_tokens))
 
-    def check_divided(self, weights: bool, norms: bool) -> None:
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
         """Asked before gradients and optimizer states are divided among processes.
 
         Args:
             weights: whether these are divided too, so that all processes must run the student equally often.
+            frozen: whether frozen models are divided, so that all processes must run them equally often.
             norms: whether a method can know the norm of some parameters' gradients.
 
         Raises:

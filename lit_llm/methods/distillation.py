@@ -88,10 +88,12 @@ class Distillation(Method):
             with gathered(self):  # a teacher may live in the student
                 self.store.fill()
 
-    def check_divided(self, weights: bool, norms: bool) -> None:
-        super().check_divided(weights, norms)
-        if weights and self.rollouts is not None:
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
+        super().check_divided(weights, frozen, norms)
+        if (weights or frozen) and self.rollouts is not None:
             self.rollouts.check_divided()
+        if frozen and self.store is not None:
+            self.store.settings.refuse_divided()
 
     @cached_property
     def teacher_tokenizer(self):

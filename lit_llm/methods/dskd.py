@@ -341,8 +341,8 @@ class DSKD(Distillation):
             nn.utils.clip_grad_norm_(projectors, self.settings.gradient_clip)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def check_divided(self, weights: bool, norms: bool) -> None:
-        super().check_divided(weights, norms)
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
+        super().check_divided(weights, frozen, norms)
         if self.settings.gradient_clip is not None and not norms:
             raise ValueError(
                 f"projectors.gradient_clip is {self.settings.gradient_clip}, but trainer.strategy divides gradients among "

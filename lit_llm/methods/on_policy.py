@@ -122,7 +122,7 @@ class Rollouts:
         return Compared(sampled, True, entry["tokens"], entry["pairs"])
 
     def check_divided(self) -> None:
-        """Asked before the student's weights are divided among processes, which must all run it equally often then.
+        """Asked before weights of a model are divided among processes, which must all run it equally often then.
 
         Raises:
             ValueError: they would not.
@@ -131,8 +131,8 @@ class Rollouts:
         if 0 < fraction < 1:
             raise ValueError(
                 f"model.on_policy.student_fraction is {fraction}, so by the coins of a step some processes sample answers and run "
-                f"the student more often than others, but trainer.strategy divides its weights, for which all must do the "
-                f"same. Set student_fraction: 1, or train with configs/trainer/deepspeed_z2.yaml."
+                f"models more often than others, but trainer.strategy divides their weights, for which all must do the "
+                f"same. Set student_fraction: 1, or train with configs/trainer/deepspeed_z2.yaml, without divide_frozen."
             )
 
     def of_validation(self) -> DistillationBatch | None:

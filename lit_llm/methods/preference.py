@@ -19,7 +19,7 @@ from lit_llm.methods.base import Method, Optimization
 from lit_llm.methods.reference_log_probs import ReferenceLogProbs
 from lit_llm.models.dropout import turn_off_dropout
 from lit_llm.models.frozen import check_frozen
-from lit_llm.models.language_model import LanguageModel, ModelSpec
+from lit_llm.models.language_model import Frozen, LanguageModel, ModelSpec
 
 
 class PreferenceMethod(Method):
@@ -69,19 +69,12 @@ class PreferenceMethod(Method):
         super().configure_model()
         turn_off_dropout(self.student)
 
-    def check_divided(self, weights: bool, norms: bool) -> None:
-        super().check_divided(weights, norms)
-        window = getattr(self.student.transformer.config.get_text_config(), "sliding_window", None)
-        if not (weights and window and self.on_pairs and self.trains_on_both):
-            return
-        longest = 2 * self.trainer.datamodule.encoding.max_length
-        if window < longest:
-            raise ValueError(
-                f"The student sees {window} tokens at a time (sliding_window), and a prompt with both answers may have {longest} "
-                f"(twice data.max_length): then one process would run the student once and another twice, but trainer.strategy "
-                f"divides its weights, for which all must do the same. Set data.max_length to {window // 2} or less, or train "
-                f"with configs/trainer/deepspeed_z2.yaml."
-            )
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
+        super().check_divided(weights, frozen, norms)
+        held = [part.model for part in self.modules() if isinstance(part, Frozen)] if frozen else []
+        divided = ([self.student] if weights else []) + [model for model in held if isinstance(model, LanguageModel)]
+        if self.on_pairs and self.trains_on_both:
+            _check_windows(divided, 2 * self.trainer.datamodule.encoding.max_length)
 
     def on_fit_start(self) -> None:
         if self.needs_reference:
@@ -165,3 +158,16 @@ def sequences(batch: PreferenceBatch) -> Tensor:
 def sums_of_answers(value_T: Tensor, batch: PreferenceBatch) -> Tensor:
     """(2, B) sums over the tokens of each answer, of values in the order of `sequences`."""
     return sum_by_sequence(value_T, sequences(batch), 2 * len(batch.examples)).view(2, -1)
+
+
+def _check_windows(models: list[LanguageModel], longest: int) -> None:
+    """See that models whose weights are divided run once for each batch of pairs, in every process."""
+    for model in models:
+        window = getattr(model.transformer.config.get_text_config(), "sliding_window", None)
+        if window and window < longest:
+            raise ValueError(
+                f"A model of the run sees {window} tokens at a time (sliding_window), and a prompt with both answers may have "
+                f"{longest} (twice data.max_length): then one process would run it once and another twice, but trainer.strategy "
+                f"divides its weights, for which all must do the same. Set data.max_length to {window // 2} or less, or train "
+                f"with configs/trainer/deepspeed_z2.yaml, without divide_frozen."
+            )

@@ -92,9 +92,9 @@ class PreferenceDistillation(PreferenceMethod):
                     f"but {type(self).__name__} compares the models column by column. Take models that started from one."
                 )
 
-    def check_divided(self, weights: bool, norms: bool) -> None:
-        super().check_divided(weights, norms)
-        if weights and self.rollouts is not None:
+    def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
+        super().check_divided(weights, frozen, norms)
+        if (weights or frozen) and self.rollouts is not None:
             self.rollouts.check_divided()
 
     # -------------------------------------------------------------- training

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _STATE_HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 _ALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", *_STATE_HOOKS)
 
-_step_of: WeakKeyDictionary[nn.Module, ref[Step]] = WeakKeyDictionary()
+_root_of: WeakKeyDictionary[nn.Module, ref[nn.Module]] = WeakKeyDictionary()
 
 
 class Step(nn.Module):
@@ -69,39 +69,40 @@ def divide(method: nn.Module, layers: Iterable[nn.Module], mesh) -> Step:
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
     step = fully_shard(Step(method, beside), mesh=mesh, reshard_after_forward=False)
     step._get_fsdp_state()._lazy_init()  # parts may run before the first step: evaluation, sampled answers
-    for part in method.modules():
-        _step_of[part] = ref(step)
+    belongs_to(method, step)
     return step
 
 
-def divided_by(module: nn.Module) -> Step | None:
-    """What runs the training step of the whole that this module is a part of; None where nothing is divided."""
-    found = _step_of.get(module)
+def belongs_to(module: nn.Module, root: nn.Module) -> None:
+    """Remember of a module and all its parts what `fully_shard` knows as their root."""
+    for part in module.modules():
+        _root_of[part] = ref(root)
+
+
+def divided_by(module: nn.Module) -> nn.Module | None:
+    """What `fully_shard` knows as the root of the whole that this module is a part of; None where nothing is divided."""
+    found = _root_of.get(module)
     return None if found is None else found()
 
 
 @contextmanager
-def unsharded(module: nn.Module, step: Step) -> Iterator[None]:
+def unsharded(module: nn.Module, root: nn.Module) -> Iterator[None]:
     """Within the block every process holds all weights of a module, and running it exchanges nothing."""
     with torch.inference_mode(False):
         inside, closed = [part for part in module.modules() if _is_sharded(part)], []
         resharding = [part for part in inside if any(group._reshard_after_forward for group in _groups(part))]
-        for part in [step, *inside]:
+        for part in [root, *inside]:
             if not all(group.is_unsharded for group in _groups(part)):
                 part.unshard()
                 closed.append(part)
         for part in resharding:
             part.set_reshard_after_forward(False, recurse=False)
-    ran = step._get_fsdp_state()._comm_ctx.post_forward_order
-    before = len(ran)
+    before = len(root._get_fsdp_state()._comm_ctx.post_forward_order)
     try:
-        with _hooks_laid_aside(step, _STATE_HOOKS):  # which would divide again what is asked for its state
+        with _hooks_laid_aside(root, _STATE_HOOKS):  # which would divide again what is asked for its state
             yield
     finally:
-        # or the next backward pass would gather ahead, after passes that other processes lack
-        for group in ran[before:]:
-            group._post_forward_indices = [index for index in group._post_forward_indices if index < before]
-        del ran[before:]
+        forget_order(root, before)
         with torch.inference_mode(False):
             for part in resharding:
                 part.set_reshard_after_forward(True, recurse=False)
@@ -109,15 +110,23 @@ def unsharded(module: nn.Module, step: Step) -> Iterator[None]:
                 part.reshard()
 
 
+def forget_order(root: nn.Module, kept: int = 0) -> None:
+    """Forget which parts ran after the first so many: the next backward pass would gather them ahead, once for each run."""
+    ran = root._get_fsdp_state()._comm_ctx.post_forward_order
+    for group in ran[kept:]:
+        group._post_forward_indices = [index for index in group._post_forward_indices if index < kept]
+    del ran[kept:]
+
+
 @contextmanager
-def whole_parameters_on(module: nn.Module, step: Step, here: bool) -> Iterator[None]:
+def whole_parameters_on(module: nn.Module, root: nn.Module, here: bool) -> Iterator[None]:
     """Within the block the processes that ask for it hold a plain module with all weights on the CPU, which can be copied.
 
     All processes enter together; weights are gathered one by one.
     """
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
-    for part in step.modules():
+    for part in root.modules():
         if _is_sharded(part):
             part.reshard()
     copies: dict[nn.Parameter, nn.Parameter] = {}
@@ -135,7 +144,7 @@ def whole_parameters_on(module: nn.Module, step: Step, here: bool) -> Iterator[N
             part._parameters[name] = copies[own]
         for part, kind in kinds:
             part.__class__ = kind.__mro__[2]  # after the kind that FSDP made and its mark: what it was
-        with _hooks_laid_aside(step, _ALL_HOOKS):
+        with _hooks_laid_aside(root, _ALL_HOOKS):
             yield
     finally:
         for part, kind in kinds:

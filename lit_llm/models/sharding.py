@@ -31,8 +31,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
     All processes enter and leave together. Not for backward passes.
     """
-    if (step := fully_sharded.divided_by(module)) is not None:
-        with fully_sharded.unsharded(module, step):
+    if (root := fully_sharded.divided_by(module)) is not None:
+        with fully_sharded.unsharded(module, root):
             yield
         return
     divided = divided_parameters(module)
@@ -64,8 +64,8 @@ def whole_on(module: nn.Module, here: bool) -> Iterator[None]:
         module: divided or not.
         here: whether this process asks.
     """
-    if (step := fully_sharded.divided_by(module)) is not None:
-        with fully_sharded.whole_parameters_on(module, step, here):
+    if (root := fully_sharded.divided_by(module)) is not None:
+        with fully_sharded.whole_parameters_on(module, root, here):
             yield
         return
     divided, copies = divided_parameters(module), []

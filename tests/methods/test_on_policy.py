@@ -136,8 +136,8 @@ def test_coins_that_fall_differently_in_each_process_are_refused_where_weights_a
     method = fit(
         tiny_config(tmp_path, name), "--trainer.max_steps=1", "--model.init_args.on_policy.student_fraction=0.5"
     ).model
-    method.check_divided(weights=False, norms=False)
+    method.check_divided(weights=False, frozen=False, norms=False)
     with pytest.raises(ValueError, match="student_fraction is 0.5"):
-        method.check_divided(weights=True, norms=False)
+        method.check_divided(weights=True, frozen=False, norms=False)
     method.rollouts.settings.student_fraction = 1.0
-    method.check_divided(weights=True, norms=False)
+    method.check_divided(weights=True, frozen=False, norms=False)
