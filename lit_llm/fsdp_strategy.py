@@ -57,6 +57,8 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         fits = trainer.state.fn == TrainerFn.FITTING
+        if fits and self._step is None:
+            self.lightning_module.check_divided(weights=True, frozen=self.divide_frozen, norms=True)
         self.divide_frozen_models(self.device_mesh["data_parallel"])
         if fits and self._step is None:
             self._divide()
@@ -70,7 +72,6 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
 
     def _divide(self) -> None:
         module = self.lightning_module
-        module.check_divided(weights=True, frozen=self.divide_frozen, norms=True)
         models = [part for part in module.modules() if isinstance(part, LanguageModel)]
         layers = [layer for model in models for layer in layer_stack(model.transformer)]
         self._step = divide(module, layers, self.device_mesh["data_parallel"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+from lit_llm.data.step_sampler import batches_here
 from lit_llm.models.sharding import gathered
 
 
@@ -73,7 +74,11 @@ class WholeEvaluation:
     def _begin(self) -> None:
         self._gather()
         if self._frozen is not None:
-            self._frozen.take_turns(sum(self.lightning_module.trainer._evaluation_loop.max_batches))
+            loop = self.lightning_module.trainer._evaluation_loop
+            loaders = loop._combined_loader.flattened
+            self._frozen.take_turns(
+                sum(min(most, batches_here(loader)) for most, loader in zip(loop.max_batches, loaders, strict=True))
+            )
 
     def _gather(self) -> None:
         self._whole.enter_context(gathered(self.lightning_module))

@@ -14,10 +14,11 @@ from lit_llm.models.fully_sharded import divide
 from tests.processes import fit_in_two_processes, in_two_processes
 from tests.tiny import byte_level_tokenizer, tiny_model_folder
 from tests.tiny_languages import language_config
-from tests.tiny_runs import assert_identical, assert_same_logs, fit, largest_gap, last_weights, tiny_config
+from tests.tiny_runs import assert_identical, assert_same_logs, fit, largest_gap, last_weights, tiny_config, write_rows
 
 ROOT = Path(__file__).parents[1]
 FSDP = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy"}'
+FROZEN = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy", "init_args": {"divide_frozen": true}}'
 CASES, RESUMED = ("sft_leftover", "kd_lora", "dskd_cross", "align", "moe1"), ("kd_lora", "align")
 EVERY = [(case, "fsdp") for case in CASES] + [(case, "fsdp_frozen") for case in ("kd_lora", "dskd_cross", "align")]
 CONTINUED = [(case, stage) for case, stage in EVERY if case in RESUMED]
@@ -156,9 +157,33 @@ def test_frozen_models_are_not_divided_where_processes_would_not_run_them_equall
 
 
 def test_nothing_frozen_to_divide_is_refused(tmp_path):
-    asked = '{"class_path": "lit_llm.fsdp_strategy.FsdpStrategy", "init_args": {"divide_frozen": true}}'
-    done = fit_in_two_processes(tiny_config(tmp_path, "sft", max_steps=1), strategy=asked)
+    done = fit_in_two_processes(tiny_config(tmp_path, "sft", max_steps=1), strategy=FROZEN)
     assert done.returncode and "SFT holds no frozen model" in done.stderr
+
+
+def test_a_finished_store_beside_divided_frozen_models_is_named(tmp_path):
+    options = [f"--model.init_args.teacher_store.folder={tmp_path / 'store'}", "--run.version=first"]
+    config = tiny_config(tmp_path, "kd", max_steps=1)
+    fit(config, *options)
+    done = fit_in_two_processes(config, *options[:1], strategy=FROZEN)
+    assert done.returncode and "a store is filled by whole models" in done.stderr
+
+
+def test_a_share_of_the_validation_data_is_the_same_in_every_process(tmp_path):
+    rows = write_rows(tmp_path / "five.jsonl", 5)
+    options = [f"--data.init_args.validation={rows}", "--data.init_args.eval_batch_size=1"]
+    config = tiny_config(tmp_path, "kd", max_steps=2, val_check_interval=2)
+    done = fit_in_two_processes(config, *options, "--trainer.limit_val_batches=0.4", strategy=FROZEN)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_window_of_frozen_models_that_read_one_answer_does_not_matter(tmp_path):
+    config = tiny_config(tmp_path, "adpa", max_steps=1)
+    folder = tmp_path / "sliding"
+    settings = {"family": "mistral", "hidden_size": 16, "layers": 1, "sliding_window": 64}
+    teacher = tiny_model_folder(folder, tokenizer=byte_level_tokenizer(), **settings)
+    method = fit(config, f"--model.init_args.teacher.source={teacher}").model
+    method.check_divided(weights=False, frozen=True, norms=True)
 
 
 def test_quantised_weights_are_refused():

@@ -15,7 +15,7 @@ from lit_llm.data.corpora import Corpus, load_corpus
 from lit_llm.data.language_mix import Mix, rows_of_languages
 from lit_llm.data.language_rows import LanguageBatches, RowSet, Stream, training_order
 from lit_llm.data.planned_data import Split, check_workers
-from lit_llm.data.step_sampler import StepLoader, StepSampler
+from lit_llm.data.step_sampler import StepLoader, StepSampler, check_share
 from lit_llm.data.tokenized import EvaluationPrompt, begin_ids
 from lit_llm.seeds import run_seed
 
@@ -176,6 +176,7 @@ class Languages(L.LightningDataModule):
         """Every row of a part once, over all ranks, one language after the other; [] where the part is not configured."""
         if split not in self.sets:
             return []
+        check_share(split, len(self.sets[split]), self.trainer.world_size)
         sampler = self._sampler(split, batch_size=self.eval_batch_size)
         return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lit_llm.data.rows import load_rows
-from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler
+from lit_llm.data.step_sampler import MicroBatch, StepLoader, StepSampler, check_share
 from lit_llm.data.tokenized import EvaluationPrompt
 from lit_llm.seeds import run_seed
 
@@ -108,11 +108,7 @@ class PlannedData(L.LightningDataModule, ABC):
         if split not in self.sets:
             return []
         examples = self.sets[split]
-        if len(examples) < self.trainer.world_size:
-            raise ValueError(
-                f"data.{split} has {len(examples)} usable examples for {self.trainer.world_size} processes, and each must "
-                f"evaluate one. Add examples, or lower trainer.devices."
-            )
+        check_share(split, len(examples), self.trainer.world_size)
         sampler = self._sampler(examples, examples.lengths, batch_size=self.eval_batch_size, bucket=len(examples))
         return DataLoader(self._batches(split), sampler=sampler, batch_size=None, generator=torch.Generator())
 
@@ -142,8 +138,7 @@ class PlannedData(L.LightningDataModule, ABC):
         return [part for part in parts if part]
 
     def _training_sampler(self, examples: ExampleSet) -> StepSampler:
-        if self.drop_last:
-            self._check_enough(examples)
+        self._check_enough(examples)
         return self._sampler(examples, examples.lengths, batch_size=self.batch_size, **self._training_order())
 
     def _training_order(self) -> dict[str, Any]:
@@ -156,8 +151,16 @@ class PlannedData(L.LightningDataModule, ABC):
         }
 
     def _check_enough(self, examples: ExampleSet) -> None:
-        per_step = self.batch_size * self.trainer.world_size
-        if len(examples) < per_step:
+        processes = self.trainer.world_size
+        per_step = self.batch_size * processes
+        left = len(examples) % per_step
+        if not self.drop_last and 0 < left < processes:
+            raise ValueError(
+                f"data.train has {len(examples)} usable examples, and data.drop_last is false: the last of them are {left} for "
+                f"{processes} processes, which must all make every step.\n"
+                f"  Set data.drop_last: true, or give {processes - left} examples more or {left} less."
+            )
+        if self.drop_last and len(examples) < per_step:
             raise ValueError(
                 f"data.train has {len(examples)} usable examples, fewer than one micro-batch on every process "
                 f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"

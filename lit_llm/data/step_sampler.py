@@ -111,10 +111,11 @@ class StepSampler(Sampler[MicroBatch]):
         yield from self.plan(self.epoch)[self.position :]
 
     def __len__(self) -> int:
+        """The micro-batches of the rank that has most; without `drop_last` others may have one less."""
         if self.grouping is not None:
             return self.grouping.num_rounds
-        rounds, left = divmod(len(self.lengths), self.batch_size * self.world_size)
-        return rounds + (not self.drop_last and self.rank < left)
+        rows, per_round = len(self.lengths), self.batch_size * self.world_size
+        return rows // per_round if self.drop_last else -(-rows // per_round)
 
     @property
     def fill(self) -> float:
@@ -196,6 +197,37 @@ class StepSampler(Sampler[MicroBatch]):
         if self.shuffle and self.bucket > 1:
             rounds = [rounds[i] for i in torch.randperm(len(rounds), generator=generator).tolist()]
         return rounds
+
+
+def batches_here(loader: DataLoader) -> int:
+    """How many batches of its next epoch a loader has in this process; its length is that of the process that has most.
+
+    Raises:
+        ValueError: nobody knows.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, StepSampler):
+        return len(sampler.plan(sampler.epoch))
+    try:
+        return len(loader)
+    except TypeError as error:  # also of a loader whose data has none
+        raise ValueError(
+            f"The {type(loader).__name__} to evaluate has no length, so processes could not wait for each other. Give it one, or "
+            f"leave out strategy.divide_frozen."
+        ) from error
+
+
+def check_share(part: str, examples: int, processes: int) -> None:
+    """See that every process has something to evaluate.
+
+    Raises:
+        ValueError: there are fewer examples than processes.
+    """
+    if examples < processes:
+        raise ValueError(
+            f"data.{part} has {examples} usable examples for {processes} processes, and each must evaluate one. Add examples, or "
+            f"lower trainer.devices."
+        )
 
 
 class StepLoader(DataLoader):

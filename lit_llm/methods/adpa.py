@@ -50,6 +50,7 @@ class ADPA(PreferenceDistillation):
     """
 
     compiles_loss = True
+    frozen_on_both = False  # they read one answer
 
     def __init__(
         self,

@@ -144,10 +144,11 @@ class Answering(L.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Write every answer as one line of predictions.jsonl."""
         rows = [row for batch in self.trainer.predict_loop.predictions for row in batch]
+        file = self.run_folder / "predictions.jsonl"  # which all processes ask for
         if self.trainer.is_global_zero:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomically(self.run_folder / "predictions.jsonl", lines)
-            rank_zero_info(f"{len(rows)} answers in {self.run_folder / 'predictions.jsonl'}")
+            write_atomically(file, lines)
+            rank_zero_info(f"{len(rows)} answers in {file}")
 
     def on_validation_epoch_end(self) -> None:
         self._generate("val", "validation", self.generation.prompts)

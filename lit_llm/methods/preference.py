@@ -31,6 +31,7 @@ class PreferenceMethod(Method):
         needs_reference: whether losses or metrics compare with it.
         reference_parts: parts of the data for which it is asked.
         trains_on_both: whether training reads the rejected answers too.
+        frozen_on_both: whether frozen models read both answers together as well.
 
     Args:
         student: the policy that is trained.
@@ -46,6 +47,7 @@ class PreferenceMethod(Method):
     needs_reference = True
     reference_parts: tuple[str, ...] = ("train", "validation", "test")
     trains_on_both = True
+    frozen_on_both = True
 
     def __init__(
         self,
@@ -71,6 +73,7 @@ class PreferenceMethod(Method):
 
     def check_divided(self, weights: bool, frozen: bool, norms: bool) -> None:
         super().check_divided(weights, frozen, norms)
+        frozen &= self.frozen_on_both
         held = [part.model for part in self.modules() if isinstance(part, Frozen)] if frozen else []
         divided = ([self.student] if weights else []) + [model for model in held if isinstance(model, LanguageModel)]
         if self.on_pairs and self.trains_on_both:

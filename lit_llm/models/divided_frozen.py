@@ -55,16 +55,7 @@ class DividedFrozen:
         self._batches_left: int | None = None  # None: nobody takes turns
 
     def take_turns(self, batches: int) -> None:
-        """From now on all processes evaluate, each as many batches as it has.
-
-        Raises:
-            ValueError: nobody knows how many.
-        """
-        if batches == float("inf"):
-            raise ValueError(
-                "strategy.divide_frozen is true, but the data to evaluate has no length, so processes could not wait for each "
-                "other. Set trainer.limit_val_batches (or limit_test_batches) to a number."
-            )
+        """From now on all processes evaluate, each as many batches as it has."""
         self._batches_left = batches
         self._end_without_batches()
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_llm.cli import main
 from lit_llm.training_cli import TrainingCLI
+from tests.processes import in_two_processes
 from tests.tiny_runs import fit, tiny_config
 
 
@@ -75,6 +76,15 @@ def test_predict_writes_an_answer_for_every_test_prompt(run):
     cli = TrainingCLI.run(["predict", "--config", str(run[0]), "--ckpt_path", "last"])
     rows = [json.loads(line) for line in (cli.model.run_folder / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4 and set(rows[0]) == {"prompt", "references", "answer"}
+
+
+def test_two_processes_predict_each_answer_once(tmp_path):
+    command = ["-m", "lit_llm", "predict", "--config", tiny_config(tmp_path, "sft")]
+    done = in_two_processes(*command, "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.rglob("predictions.jsonl")
+    answered = [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+    assert len(answered) == len(set(answered)) == 4
 
 
 def test_a_runs_own_config_reproduces_it(run, tmp_path):

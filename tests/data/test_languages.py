@@ -369,6 +369,11 @@ def test_budgets_that_cannot_be_kept_are_refused_with_both_values(groups, settin
         module(groups, **settings).train_dataloader()
 
 
+def test_more_processes_than_rows_to_evaluate_are_refused(groups):
+    with pytest.raises(ValueError, match=r"data.validation has \d+ usable examples for 9999 processes"):
+        module(groups, world_size=9999).val_dataloader()
+
+
 def test_without_repetition_a_language_that_has_enough_is_taken_as_it_is(groups):
     assert len(module(groups, repeat=False).sets["train"]) > 10
 

@@ -436,6 +436,14 @@ def test_too_few_pairs_for_a_micro_batch_are_refused(tmp_path):
         data_module(tmp_path, batch_size=12).train_dataloader()
 
 
+def test_a_last_step_that_some_processes_would_not_make_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"11 usable .* last of them are 1 for 2 processes.*\n.*1 examples more or 1 less"
+    ):
+        data_module(tmp_path, batch_size=5, world_size=2, drop_last=False).train_dataloader()
+    data_module(tmp_path, batch_size=4, world_size=2, drop_last=False).train_dataloader()  # 3 are left, for 2 processes
+
+
 def test_all_pairs_take_part_where_none_is_dropped(tmp_path):
     loader = data_module(tmp_path, drop_last=False).train_dataloader()
     assert sorted(i for batch in loader for i in batch.examples) == list(range(11))

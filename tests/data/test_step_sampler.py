@@ -1,6 +1,9 @@
 """Optimizer steps are planned the same way on every rank, and resume where they stopped."""
 
-from lit_llm.data.step_sampler import StepLoader, StepSampler
+import pytest
+from torch.utils.data import DataLoader, IterableDataset
+
+from lit_llm.data.step_sampler import StepLoader, StepSampler, batches_here
 from tests.tiny_runs import fit, tiny_config
 
 LENGTHS = [5, 9, 3, 7, 8, 2, 6, 4, 10, 11, 12, 1, 13]
@@ -21,6 +24,27 @@ def test_an_epoch_holds_every_example_once():
     for settings in ({}, {"shuffle": True}, {"shuffle": True, "bucket": 3}, {"bucket": 100}):
         examples = [example for micro in sampler(**settings) for example in micro.examples]
         assert sorted(examples) == list(range(len(LENGTHS)))
+
+
+def test_a_rank_knows_its_batches_where_others_have_more():
+    """The length is that of the rank that has most, so that shares of it are the same everywhere."""
+    examples = len(LENGTHS)
+    for world_size in (1, 2, 3, 4):
+        loaders = [
+            DataLoader(Echo(), sampler=sampler(rank=rank, world_size=world_size), batch_size=None)
+            for rank in range(world_size)
+        ]
+        assert [batches_here(loader) for loader in loaders] == [len(list(loader)) for loader in loaders]
+        assert {len(loader) for loader in loaders} == {-(-examples // (2 * world_size))}
+
+
+def test_a_loader_without_a_length_is_refused():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    with pytest.raises(ValueError, match="DataLoader to evaluate has no length"):
+        batches_here(DataLoader(Endless()))
 
 
 def test_ranks_share_an_epoch_without_overlap_and_know_the_same_totals():

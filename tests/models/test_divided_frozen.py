@@ -1,7 +1,5 @@
 """Frozen models whose layers are divided among processes, which run them equally often, or in turns, or together."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -43,9 +41,3 @@ def test_quantised_models_are_refused(tmp_path):
     layer.register_parameter("packed", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False))
     with pytest.raises(ValueError, match=r"packed of a frozen model is torch.uint8"):
         DividedFrozen(nn.ModuleList([Frozen(model)]), Mesh())
-
-
-def test_an_evaluation_without_a_length_is_refused():
-    frozen = DividedFrozen.__new__(DividedFrozen)
-    with pytest.raises(ValueError, match="has no length.*limit_val_batches"):
-        frozen.take_turns(math.inf)
