@@ -57,6 +57,7 @@ CASES = {  # name -> config of the tests, options
     "align_sampled": ("align_sampled", [SAMPLED]),
     "dckd": ("dckd", []),
     "adpa": ("adpa", []),
+    "adpa_sampled": ("adpa_sampled", [SAMPLED]),
     "moe1": ("moe1", []),
     "moe2": ("moe2", []),
 }
