@@ -254,6 +254,7 @@ class StoredPart:
             ValueError: shards are missing.
         """
         self.check_whole()
+        remove_leftovers(self.folder)  # of processes that were killed when a shard had got its name
         totals = [json.loads(self._metadata(number)["measures"]) for number in range(len(self.shards))]
         errors = {}
         for name in totals[0]:

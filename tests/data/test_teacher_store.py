@@ -132,6 +132,7 @@ def test_writing_goes_on_after_the_last_complete_shard(tmp_path):
     partial = part.folder / f".shard-{part.missing()[0]:05d}.safetensors.123.partial"
     partial.mkdir()  # what a killed process leaves
     (partial / ".tmp1a2b3c").write_bytes(b"half a shard")
+    (part.folder / f".{next(iter(kept)).name}.456.partial").mkdir()  # what one leaves that had just finished a shard
 
     again = part_in(tmp_path, examples)
     writer = Writer(again)
