@@ -57,10 +57,10 @@ class FsdpStrategy(WholeEvaluation, ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         fits = trainer.state.fn == TrainerFn.FITTING
-        if fits and self._step is None:
+        if divides := fits and self._step is None:
             self.lightning_module.check_divided(weights=True, frozen=self.divide_frozen, norms=True)
         self.divide_frozen_models(self.device_mesh["data_parallel"])
-        if fits and self._step is None:
+        if divides:
             self._divide()
         self.model_to_device()
         self.barrier()

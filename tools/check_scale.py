@@ -70,6 +70,7 @@ STAGES = {
     "3": DIVIDED,
     "3_offload": {**DIVIDED, **OFFLOADED, "offload_parameters": True},
     "fsdp": {},
+    "1_frozen": {"stage": 1, "divide_frozen": True},
     "2_frozen": {"stage": 2, "divide_frozen": True},
     "3_frozen": {**DIVIDED, "divide_frozen": True},
     "fsdp_frozen": {"divide_frozen": True},

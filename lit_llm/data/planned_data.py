@@ -163,7 +163,7 @@ class PlannedData(L.LightningDataModule, ABC):
         if self.drop_last and len(examples) < per_step:
             raise ValueError(
                 f"data.train has {len(examples)} usable examples, fewer than one micro-batch on every process "
-                f"({per_step} = batch_size {self.batch_size} x {self.trainer.world_size} processes).\n"
+                f"({per_step} = batch_size {self.batch_size} x {processes} processes).\n"
                 f"  Lower data.batch_size or set data.drop_last: false."
             )
 
