@@ -1,5 +1,6 @@
-"""Suite `editing`: seconds per fact of the shared values of LU-LAFN, facts optimised together, one by one, and one by one
-with whole passes, as other editors do; and of ROME and MEMIT beside EasyEdit's, where the folder of its checkout is given.
+"""Suite `editing`: seconds per fact of the shared values of LU-LAFN, facts optimised together, one by one, one by one with a
+pass for each language, and one by one with whole passes, as other editors do; and of ROME and MEMIT beside EasyEdit's, where
+the folder of its checkout is given.
 
 All edit the same random Llama, in turns, with the same number of updates for all contenders. LU-LAFN's facts have four
 languages; the gap is the distance of a layer's values, relative to their norm, and 1e-4 is allowed: Adam makes rounding of
@@ -87,14 +88,15 @@ def _values(given: argparse.Namespace, body: FeedForwards, head: Head, updates: 
         facts = [_fact(number, vocabulary) for number in range(count)]
         neurons = [_neurons(number, body.width, edited) for number in range(count)]
 
-        def alone(reuse: bool, facts=facts, neurons=neurons) -> list[Optimised]:
+        def alone(facts=facts, neurons=neurons, **how) -> list[Optimised]:
             pairs = zip(facts, neurons, strict=True)
-            return [optimise(body, head, [fact], [chosen], optimising, reuse=reuse)[0] for fact, chosen in pairs]
+            return [optimise(body, head, [fact], [chosen], optimising, **how)[0] for fact, chosen in pairs]
 
         contenders = {
             "together": partial(optimise, body, head, facts, neurons, optimising),
-            "one by one": partial(alone, True),
-            "one by one, whole passes": partial(alone, False),
+            "one by one": alone,
+            "one by one, each language": partial(alone, max_tokens=1),
+            "one by one, whole passes": partial(alone, reuse=False),
         }
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         results: dict[str, list[Optimised]] = {}
