@@ -66,7 +66,12 @@ def bake_edits(
         raise ValueError(f"{edits} holds no edits, so there is nothing to write into the weights. Edit a fact first.")
     asked = _asked(kept, edited.model.tokenizer)
     read = passages(text, edited.model.tokenizer)
-    protected = [ids for number, ids in enumerate(read) if number % _HELD_OUT or len(read) < _HELD_OUT]
+    if len(read) < _HELD_OUT:
+        raise ValueError(
+            f"text has {len(read)} passages, and every tenth one is kept apart, to tell what becomes of other text. Give more "
+            f"with --text.sources, raise --text.tokens, or lower --text.passage."
+        )
+    protected = [ids for number, ids in enumerate(read) if number % _HELD_OUT]
     in_weights = [*kept.of_weights, *_of_cached(edited, kept, asked, protected, text.tokens, covariance_weight)]
     states = [_answered(edited, state, asked) for state in ([], list(kept), in_weights)]
     _print_answered(kept, list(asked), states)

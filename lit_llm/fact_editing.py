@@ -95,7 +95,8 @@ def edit_fact(
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
     _check_heard(_with(kept, fact, editor.layers, replace), fact, edited.model.tokenizer)
-    (made,) = editor.edit([fact]).edits
+    with edited.under(kept.of_weights):
+        (made,) = editor.edit([fact]).edits
     if made.stats["stop"] == "not_finite":
         raise ValueError(
             f"The loss of the edit is not finite, so nothing was changed. Lower optimising.learning_rate "
@@ -116,6 +117,7 @@ def ask_edited(
     prompt: Union[list[str], str],
     language: str = "en",
     max_new_tokens: int = 24,
+    force: bool = False,
     dtype: Dtype = "float32",
     device: Device = "auto",
 ) -> None:
@@ -129,12 +131,14 @@ def ask_edited(
         prompt: the beginning of a sentence, or a question; several as a JSON list.
         language: of the prompts.
         max_new_tokens: length limit of an answer.
+        force: try cached values on another base than they were made on, such as a model trained further. Changes of weights
+            are refused in any case.
         dtype: precision of the model.
         device: where to run; auto takes a GPU if there is one.
     """
     check_language(language)
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    edited, kept = opened(model, edits, dtype, device)
+    edited, kept = opened(model, edits, dtype, device, force=force)
     _print_answers(edited, kept, [(language, text) for text in prompts], max_new_tokens)
 
 
@@ -223,8 +227,10 @@ def _check_heard(edits: EditSet, fact: EditedFact, tokenizer) -> None:
         )
 
 
-def opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = True) -> tuple[EditedModel, EditSet]:
-    """A model and its file of edits.
+def opened(
+    model: str, edits: str, dtype: str, device: str, must_exist: bool = True, force: bool = False
+) -> tuple[EditedModel, EditSet]:
+    """A model and its file of edits; with `force`, cached values act on whatever base it is.
 
     Raises:
         FileNotFoundError: there is no file and there must be one.
@@ -238,13 +244,15 @@ def opened(model: str, edits: str, dtype: str, device: str, must_exist: bool = T
     if not Path(edits).is_file():
         return edited, EditSet(edited.digest)
     base = EditSet.load(Path(edits)).base
-    made_in = None if base == edited.digest else _dtype_of(model, base, dtype)
+    made_in = None if force or base == edited.digest else _dtype_of(model, base, dtype)
     if made_in is not None:
         raise ValueError(
             f"The edits of {edits} were made in {made_in}, but this model is loaded in {dtype}, where its weights are other "
             f"numbers. Give --dtype {made_in}."
         )
-    return edited, EditSet.load(Path(edits), base=edited.digest)
+    if force and base != edited.digest:
+        say(f"The edits of {edits} were made on weights {base}; these are {edited.digest}. Forced onto them.")
+    return edited, EditSet.load(Path(edits), base=edited.digest, force=force)
 
 
 def _dtype_of(model: str, base: str, loaded: str) -> str | None:

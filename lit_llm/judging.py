@@ -32,7 +32,8 @@ from lit_llm.losses.preference import sum_by_sequence
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.distillation import same_tokenizer
 from lit_llm.models.language_model import LanguageModel, ModelSpec
-from lit_llm.responding import answer_all, answer_prompts, chosen_device, model_hash, say
+from lit_llm.models.weights import model_hash
+from lit_llm.responding import answer_all, answer_prompts, chosen_device, say
 from lit_llm.storage import write_atomically
 
 _TITLES = {"judge": "judge reward", "checks": "ground-truth reward"}

@@ -16,7 +16,8 @@ from lit_llm.data.responses import ResponseFile, content_hash
 from lit_llm.data.templates import render_prompt
 from lit_llm.fact_editing import Device, Dtype
 from lit_llm.models.language_model import ModelSpec
-from lit_llm.responding import answer_prompts, chosen_device, model_hash, say
+from lit_llm.models.weights import model_hash
+from lit_llm.responding import answer_prompts, chosen_device, say
 
 _ASKED = (
     "Write {number} other wordings of the following text, each on a line of its own, in the same language. Every wording must "

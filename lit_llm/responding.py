@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ from lit_llm.data.responses import ResponseFile, batch_seed, content_hash, plan_
 from lit_llm.data.rows import load_rows
 from lit_llm.data.tokenized import Encoding, encode_prompt
 from lit_llm.models.language_model import LanguageModel, ModelSpec
+from lit_llm.models.weights import model_hash
 
 
 def answer_data_set(
@@ -151,17 +150,6 @@ def answer_all(
     for number, members in enumerate(left, len(batches) - len(left) + 1):
         file.append(generate(members))
         say(f"batch {number} of {len(batches)}")
-
-
-def model_hash(model: LanguageModel) -> str:
-    """Names a model by its weights and its tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    tokenizer = model.tokenizer
-    digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]).encode())
-    return digest.hexdigest()[:16]
 
 
 def chosen_device(name: str) -> str:

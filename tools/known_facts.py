@@ -26,7 +26,7 @@ from lit_llm.data.edit_requests import EditRequest
 from lit_llm.data.fact_files import read_requests, resolve_source
 from lit_llm.data.fact_tokens import FactRow, FactText, encode_facts
 from lit_llm.models.language_model import LanguageModel, ModelSpec
-from lit_llm.responding import model_hash
+from lit_llm.models.weights import model_hash
 from lit_llm.storage import write_atomically
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lit_llm.data.language_codes import check_language, primary_language
+from lit_llm.folding import fold
 
 UNSPACED = frozenset(["zh", "ja", "th", "km", "lo", "my"])  # languages that put no space between words
 
@@ -56,7 +57,7 @@ class Edit:
         names: of the subject, beside those of the languages.
 
     Raises:
-        ValueError: no language, an unknown one, or no subject in any of them.
+        ValueError: no language, an unknown one, no subject in any of them, or one whose names are single characters.
     """
 
     id: str
@@ -69,8 +70,14 @@ class Edit:
             raise ValueError(f"Request {self.id}: no language. Give a prompt and a new target in at least one.")
         for language in self.by_language:
             check_language(language)
-        if not self.names and not any(fact.subject for fact in self.by_language.values()):
+        subjects = [fact.subject for fact in self.by_language.values() if fact.subject]
+        if not self.names and not subjects:
             raise ValueError(f"Request {self.id}: no language has a subject. Give one that its prompt contains.")
+        if all(len(fold(name).text) < 2 for name in (*subjects, *self.names)):
+            raise ValueError(
+                f"Request {self.id}: {(*subjects, *self.names)[0]!r} is a single character, which any text may hold, so an edit of "
+                f"it would act anywhere. Give the subject a longer name."
+            )
 
     @property
     def languages(self) -> tuple[str, ...]:

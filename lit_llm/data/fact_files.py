@@ -160,7 +160,7 @@ def _request(row: dict[str, Any], name: str) -> EditRequest:
         edits[language], questions[language] = _edit(entry, language), _questions(entry, language)
         if taught(edits[language], questions[language]):
             raise _Unusable(_TAUGHT)
-    edit = Edit(str(row.get("id") or name), edits, row.get("relation"), tuple(row.get("names") or ()))
+    edit = Edit(str(row.get("id") or name), edits, _text(row.get("relation"), "relation"), _texts(row, "names"))
     return EditRequest(edit, questions)
 
 
@@ -195,9 +195,12 @@ def _questions(entry: dict[str, Any], language: str) -> Questions:
     return Questions(_texts(entry, "rephrase", language), tuple(asked["locality"]), tuple(asked["portability"]))
 
 
-def _texts(entry: dict[str, Any], name: str, language: str) -> tuple[str, ...]:
-    given = entry.get(name) or []
-    texts = tuple(_text(text, f"{language}.{name}") for text in ([given] if isinstance(given, str) else given))
+def _texts(entry: dict[str, Any], name: str, language: str | None = None) -> tuple[str, ...]:
+    """A list of texts; a single one may stand without its list."""
+    given, where = entry.get(name) or [], name if language is None else f"{language}.{name}"
+    if not isinstance(given, (str, list)):
+        raise ValueError(f"{where} is {given!r}, not a text or a list of texts.")
+    texts = tuple(_text(text, where) for text in ([given] if isinstance(given, str) else given))
     if None in texts:
         raise _Unusable(_EMPTY)
     return texts

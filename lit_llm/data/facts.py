@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -60,7 +60,7 @@ class Facts(PlannedData):
         seed: of the order in which facts are edited; `seed_everything` where it is left out.
 
     Attributes:
-        known_model: hash of the model that `known` speaks of, after reading; None without it.
+        known_list: what `known` names, after reading: the list, and the model that it speaks of; None without it.
     """
 
     def __init__(
@@ -87,6 +87,11 @@ class Facts(PlannedData):
         for name, value in {"known_in": known_in, "limit": limit, "max_target_tokens": max_target_tokens}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it counts things and must be at least 1.")
+        if known is None and known_in != 2:
+            raise ValueError(
+                f"data.known_in is {known_in}, but data.known is not set, so nobody has said what the model knows. Name a list, "
+                f"or leave known_in out."
+            )
         for language in languages or ():
             check_language(language)
         if part is not None and not (len(part) == 2 and 0 <= part[0] < part[1]):
@@ -109,7 +114,7 @@ class Facts(PlannedData):
         )
         self.source, self.languages, self.bad_rows = source, languages, bad_rows
         self.known, self.known_in, self.part = known, known_in, part
-        self.known_model: str | None = None
+        self.known_list: dict[str, Any] | None = None
         self.encoding = FactEncoding(
             target_separator,
             prompt_format,
@@ -137,16 +142,12 @@ class Facts(PlannedData):
     def _file(self) -> FactFile:
         if self._chosen is None:
             read = read_requests(resolve_source(self.source), self.bad_rows)
-            known = None if self.known is None else self._known_list()
+            self.known_list = None if self.known is None else read_known(self.known)
+            known = None if self.known_list is None else self.known_list["known"]
             self._chosen = chosen_requests(
                 read, self.languages, known, self.known_in, self.part, self.limit, self.source
             )
         return self._chosen
-
-    def _known_list(self) -> dict[str, list[str]]:
-        found = read_known(self.known)
-        self.known_model = found["model_hash"]
-        return found["known"]
 
     def _edits(self) -> EditSet:
         if "train" not in self.sets:

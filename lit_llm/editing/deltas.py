@@ -184,7 +184,8 @@ class EditSet:
         if base not in (None, edits.base) and (not force or edits.of_weights):
             raise ValueError(
                 f"{file} holds edits of a base with the weights {edits.base}, but this model's are {base}. Load the model "
-                f"that was edited" + (", or force cached values onto this one." if not edits.of_weights else ".")
+                f"that was edited"
+                + ("." if edits.of_weights else ", or try cached values on this one: ask --force true.")
             )
         return edits
 

@@ -76,6 +76,18 @@ class Locating:
                 f"locating.min_neurons is {self.min_neurons} and locating.max_neurons {self.max_neurons}; the first is at least "
                 f"1 and at most the second."
             )
+        if self.votes is not None and self.votes < 1:
+            raise ValueError(f"locating.votes is {self.votes}; it counts languages and must be at least 1.")
+        for field in ("ratio", "threshold"):  # each is read by the selection of its name
+            if self.selection != field and getattr(self, field) != getattr(Locating, field):
+                raise ValueError(
+                    f"locating.{field} is {getattr(self, field)}, but locating.selection is {self.selection!r}, which does not "
+                    f"use it. Set it to {field}, or leave {field} out."
+                )
+        if self.statistic == "integrated_gradients" and self.position not in (Locating.position, "prompt_last"):
+            raise ValueError(
+                f"locating.position is {self.position!r}, but integrated_gradients reads the prompt's last token. Leave it out."
+            )
         if self.votes is not None and self.combination != "vote":
             raise ValueError(
                 f"locating.votes is {self.votes}, but locating.combination is {self.combination!r}, which does not count them. "

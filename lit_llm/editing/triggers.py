@@ -109,7 +109,8 @@ class SubjectIndex:
             for length in self._lengths.get(char, ()):
                 if best is not None and length < best[0]:
                     break
-                if folded[start : start + length] in self._edits and _is_whole(text, origin, start, length):
+                fits = start + length <= len(folded) and folded[start : start + length] in self._edits
+                if fits and _is_whole(text, origin, start, length):
                     best = length, start
                     break
         if best is None:

@@ -13,6 +13,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -74,19 +75,31 @@ def words(text: str) -> list[str]:
     return _WITHOUT_SPACES.sub(lambda match: f" {match.group()} ", normalized(text)).split()
 
 
-def first_sentence(text: str) -> str:
-    """A generated answer up to its first line break or end of a sentence."""
+def first_sentence(text: str, wanted: str = "") -> str:
+    """A generated answer up to its first line break or end of a sentence.
+
+    Args:
+        text: as written.
+        wanted: the answer; what looks like an end inside of it ("12. Juli", "St. John's") may stand in the text as well, which
+            is then cut at one more.
+    """
     text = text.strip()
-    end = _SENTENCE_END.search(text)
+    end = _end_of_answer(text, wanted)
     return text if end is None else text[: end.start()].strip()
 
 
-def is_finished(text: str) -> bool:
+def is_finished(text: str, wanted: str = "") -> bool:
     """Whether `first_sentence` is the same however a generated text goes on."""
     text = text.lstrip()
-    end = _SENTENCE_END.search(text)
+    end = _end_of_answer(text, wanted)
     # a full stop at the end may be the point of a number
     return end is not None and (end.group() not in ".!?" or end.end() < len(text))
+
+
+def _end_of_answer(text: str, wanted: str) -> re.Match[str] | None:
+    wanted = wanted.strip()
+    inside = sum(end.end() < len(wanted) for end in _SENTENCE_END.finditer(wanted))
+    return next(islice(_SENTENCE_END.finditer(text), inside, None), None)
 
 
 def ngram_entropy(tokens: Sequence) -> float:
@@ -142,20 +155,20 @@ class TokenF1(MeanScore):
 
 
 class GeneratedExactMatch(MeanScore):
-    """Freely generated answers that equal the target after normalisation, cut at their first sentence."""
+    """Freely generated answers that equal the target after normalisation, cut by `first_sentence`."""
 
     def update(self, generated: Sequence[str], wanted: Sequence[str]) -> None:
         """Add answers and targets, in pairs."""
         pairs = zip(generated, wanted, strict=True)
-        super().update(torch.tensor([float(normalized(first_sentence(g)) == normalized(w)) for g, w in pairs]))
+        super().update(torch.tensor([float(normalized(first_sentence(g, w)) == normalized(w)) for g, w in pairs]))
 
 
 class GeneratedF1(MeanScore):
-    """F1 over the words of freely generated answers, cut at their first sentence."""
+    """F1 over the words of freely generated answers, cut by `first_sentence`."""
 
     def update(self, generated: Sequence[str], wanted: Sequence[str]) -> None:
         """Add answers and targets, in pairs."""
-        found = [token_f1(words(first_sentence(g)), words(w)) for g, w in zip(generated, wanted, strict=True)]
+        found = [token_f1(words(first_sentence(g, w)), words(w)) for g, w in zip(generated, wanted, strict=True)]
         super().update(torch.tensor(found, dtype=torch.float64))
 
 

@@ -68,7 +68,8 @@ class Question:
         """1 or 0 by each protocol that was asked for: all tokens under teacher forcing, and what is written freely."""
         found = {"exact": float(self.predicted == self.wanted)}
         if self.said is not None:
-            found["generated"] = float(normalized(first_sentence(self.said)) == normalized(self.wanted_said))
+            said = first_sentence(self.said, self.wanted_said)
+            found["generated"] = float(normalized(said) == normalized(self.wanted_said))
         return found
 
 

@@ -143,15 +143,16 @@ class Asking:
         }
 
     def _written(self, edits: EditSet, rows: list[int]) -> dict[int, str]:
-        """row -> what is written freely, up to its first sentence."""
+        """row -> what is written freely, cut by `first_sentence`."""
         if not rows:
             return {}
         model = self.model.model
-        limits = [min(self._generation.max_new_tokens, len(self._answers[row]) + _MORE_TOKENS) for row in rows]
+        limits, wanted = [self._limit(row) for row in rows], [self.batch.answers[row] for row in rows]
 
         def ends(number: int, new: list[int]) -> bool:
             # its own limit, whatever it is asked beside: what is said before and after an edit is compared
-            return len(new) >= limits[number] or is_finished(model.tokenizer.decode(new, skip_special_tokens=True))
+            text = model.tokenizer.decode(new, skip_special_tokens=True)
+            return len(new) >= limits[number] or is_finished(text, wanted[number])
 
         with self.model.under(edits):
             ids = model.generate(
@@ -161,7 +162,13 @@ class Asking:
                 until=ends,
             )
         texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return {row: first_sentence(text) for row, text in zip(rows, texts, strict=True)}
+        return {row: first_sentence(text, self.batch.answers[row]) for row, text in zip(rows, texts, strict=True)}
+
+    def _limit(self, row: int) -> int:
+        """Tokens of what is written freely; where it is compared with the answer, there is always room for that."""
+        length = len(self._answers[row])
+        limit = min(self._generation.max_new_tokens, length + _MORE_TOKENS)
+        return limit if KINDS[self.batch.kind_R[row]] == "locality" else max(limit, length + 1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_llm.data.edit_batch import KINDS, EditBatch, Kind, QuestionBatch
@@ -26,6 +26,7 @@ from lit_llm.methods.edited_facts import EditedFact, edited_facts
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.quantization import keep_base_out_of_checkpoints
+from lit_llm.models.weights import model_hash
 
 ALL = "all"
 
@@ -45,7 +46,7 @@ class Editing(Method):
     Args:
         student: the model.
         generation: answers written freely, to the questions about the first `prompts` facts (`test_prompts` in a test), up to
-            four tokens more than the wanted ones have. They are greedy.
+            four tokens more than the wanted ones have, and never fewer than these. They are greedy.
         edited_in: languages in which facts are edited; they are asked in all of `data.languages`. None: in all.
         crossed: kinds of questions whose matrix is measured: every fact is also edited in each language alone, beside the
             edit of all languages, and asked in every language. Editing then takes about twice as long.
@@ -160,10 +161,21 @@ class Editing(Method):
         # checkpoints do hold what a group has written; the model is in eval mode on purpose
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        self._check_known()
         if self.trainer.max_epochs != 1:
             raise ValueError(
                 f"trainer.max_epochs is {self.trainer.max_epochs}, but a fact is edited once. Set trainer.max_epochs: 1."
             )
+
+    def _check_known(self) -> None:
+        """Whether the facts were chosen for this model."""
+        listed, source = self.trainer.datamodule.known_list, self.student_spec.source
+        if listed is None or listed.get("model") == source or listed["model_hash"] == model_hash(self.student):
+            return
+        rank_zero_warn(
+            f"data.known ({self.trainer.datamodule.known}) lists what {listed.get('model', listed['model_hash'])} knows, but "
+            f"{source} is edited, which may not know these facts. Ask it: python tools/known_facts.py {source} --to known.json"
+        )
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> None:
         start = time.perf_counter()
@@ -177,7 +189,8 @@ class Editing(Method):
     def _unknown(self, facts: Sequence[EditedFact], batch: EditBatch) -> list[EditedFact]:
         """The facts whose new answer the model does not give already."""
         self._check_languages(facts)
-        known = known_already(self.model, self._earlier(self.edits), batch, self.edited_in)
+        earlier = EditSet(self.edits.base) if self.single else self.edits
+        known = known_already(self.model, earlier, batch, self.edited_in)
         self.already_known += [fact.edit.id for number, fact in enumerate(facts) if number in known]
         return [fact for number, fact in enumerate(facts) if number not in known]
 
@@ -193,7 +206,7 @@ class Editing(Method):
     def _write(self, edits: EditSet, facts: Sequence[EditedFact], name: str) -> list[Edit]:
         """All edits of the group, or none."""
         groups = [facts] if self.together else [[fact] for fact in facts]
-        made = [edit for group in groups for edit in self.compute(group, self._earlier(edits), name)]
+        made = [edit for group in groups for edit in self.compute(group, self._under(edits, group), name)]
         grown = edits.copy()
         for edit in made:
             grown.add(edit, replace=self.replace)
@@ -206,9 +219,14 @@ class Editing(Method):
         """Whether the facts of a group are edited in one call of `compute`."""
         return not self.single
 
-    def _earlier(self, edits: EditSet) -> EditSet:
-        """The edits over which new ones are made."""
-        return EditSet(edits.base) if self.single else edits
+    def _under(self, edits: EditSet, facts: Sequence[EditedFact]) -> EditSet:
+        """The edits over which those of some facts are made: not the ones whose place they take."""
+        if self.single:
+            return EditSet(edits.base)
+        if not self.replace:
+            return edits
+        kept = [edit for edit in edits if not any(edit.fact.is_same_question(fact.text) for fact in facts)]
+        return EditSet(edits.base, kept)
 
     def _check_languages(self, facts: Sequence[EditedFact]) -> None:
         missing = [code for code in self.edited_in or () for fact in facts if code not in fact.languages]

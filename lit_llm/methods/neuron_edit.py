@@ -120,6 +120,11 @@ class NeuronEdit(Editing):
         self.log("train/prompts_unheard", torch.tensor(float(silent)), batch_size=1)
         for name in ("filled", "dropped"):
             self.log(f"train/neurons_{name}", torch.tensor(float(sum(edit.stats[name] for edit in made))), batch_size=1)
+        for code in sorted({code for edit in made for code in edit.stats["nll"]}):
+            found = [edit.stats["nll"][code] for edit in made if code in edit.stats["nll"]]
+            self.log(f"train/nll_{code}", torch.tensor(sum(found) / len(found)), batch_size=1)
+        for reason, count in Counter(edit.stats["stop"] for edit in made).items():
+            self.log(f"train/stopped_{reason}", torch.tensor(count / len(made)), batch_size=1)
         counts = [len(neurons) for edit in made for neurons in edit.neurons.values()]
         self.log("train/neurons_per_layer", torch.tensor(sum(counts) / len(counts)), batch_size=1)
 

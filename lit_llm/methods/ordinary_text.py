@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -26,20 +27,27 @@ class OrdinaryText:
 
 
 def passages(text: OrdinaryText, tokenizer) -> list[list[int]]:
-    """Token ids of passages, language after language.
+    """Token ids of passages; languages take turns, so that any beginning of them has all.
 
     Raises:
         FileNotFoundError: no such source.
         ValueError: one that cannot be read, or that is empty.
     """
     sources = text.sources or dict.fromkeys(("en", "es", "fr"), _PACKAGED)
-    share, found = text.tokens // len(sources), []
+    share, by_language = text.tokens // len(sources), []
     for language, source in sources.items():
         corpus = load_corpus([source], language, tokenizer, columns={}, begin="auto", order_seed=0, workers=0)
-        left = share
+        left, found = share, []
         for number in range(len(corpus.documents)):
             if left <= 0:
                 break
             found.append(corpus.ids(number)[: min(text.passage, left)])
             left -= len(found[-1])
-    return found
+        by_language.append(found)
+    return _in_turn(by_language)
+
+
+def _in_turn(lists: Sequence[list[list[int]]]) -> list[list[int]]:
+    """Evenly mixed: a passage comes when the same share of the passages of its language has come before it."""
+    placed = [((at + 0.5) / len(items), item) for items in lists for at, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=lambda pair: pair[0])]

@@ -1,7 +1,8 @@
 """Editors that change weights, as baselines: fine-tuning of one layer, ROME, MEMIT and AlphaEdit.
 
-They know of one language each: a fact in several languages is as many requests. ROME and fine-tuning take them one after the
-other, MEMIT and AlphaEdit all requests of a group at once.
+They know of one language each: a fact in several languages is as many requests. ROME takes them one after the other,
+fine-tuning goes through those of a fact in turn, epoch by epoch, as released, and MEMIT and AlphaEdit take all requests of a
+group at once.
 """
 
 from __future__ import annotations
@@ -380,8 +381,8 @@ class AlphaEdit(_WeightEditing):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        kept = {} if self.single else {name: sequel.earlier for name, sequel in self._sequels.items()}
-        checkpoint["lit_llm"]["earlier_keys"] = kept
+        made = {} if self.single else {name: sequel.earlier for name, sequel in self._sequels.items()}
+        checkpoint["lit_llm"]["earlier_keys"] = {**self._earlier_keys, **made}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lit_llm.models import sources
 from lit_llm.storage import cache_folder, write_atomically
+
+if TYPE_CHECKING:
+    from lit_llm.models.language_model import LanguageModel
 
 _BLOCK = 2**22
 
@@ -35,6 +39,17 @@ def source_digests(source: str) -> tuple[str | None, str | None]:
     weights = hashlib.sha256("\n".join(_file_digest(file) for file in files).encode()).hexdigest() if files else None
     config = folder / "config.json"
     return weights, _config_digest(config) if config.is_file() else None
+
+
+def model_hash(model: LanguageModel) -> str:
+    """Names a model by its weights and its tokenizer."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    tokenizer = model.tokenizer
+    digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]).encode())
+    return digest.hexdigest()[:16]
 
 
 def state_digest(model: nn.Module, leave_out: str | None = None) -> str:

@@ -89,7 +89,10 @@ def test_what_cannot_be_baked_is_refused_and_nothing_is_written(made, tmp_path, 
 
     (tmp_path / "there").mkdir()
     assert "there exists. Choose another folder" in refused(to="there")
-    assert "Give more with --text.sources, or raise --text.tokens" in refused("--text.tokens", "40")
+    assert "Give more with --text.sources, or raise --text.tokens" in refused(
+        "--text.tokens", "40", "--text.passage", "3"
+    )
+    assert "every tenth one is kept apart" in refused("--text.tokens", "40")
     EditSet(EditSet.load(made[1]).base).save(tmp_path / "none.safetensors")
     assert "holds no edits" in refused(edits=tmp_path / "none.safetensors")
     assert not (tmp_path / "baked").exists()

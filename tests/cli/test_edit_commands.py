@@ -200,3 +200,13 @@ def test_help_names_the_commands_without_loading_anything_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"  {command} " in done.stdout for command in ("edit", "ask", "undo", "bake"))
+
+
+def test_cached_values_are_tried_on_another_base_only_where_it_is_asked_for(model, edits, tmp_path, capsys):
+    other = tiny_model_folder(tmp_path / "other", layers=4, seed=2, initializer_range=0.15)
+    with pytest.raises(SystemExit):
+        call("ask", other, edits, "--prompt", "Oslo is in")
+    assert "ask --force true" in capsys.readouterr().err
+    call("ask", other, edits, "--prompt", "Oslo is in", "--force", "true")
+    said = capsys.readouterr()
+    assert "Forced onto them" in said.err and asked(said.out)["edit"] == "oslo-land"

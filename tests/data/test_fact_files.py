@@ -61,6 +61,11 @@ def test_every_field_of_a_line_arrives(tmp_path, name):
     assert asked.portability == (Question("In Rome they speak", "French"),)
 
 
+def test_a_single_name_may_stand_without_a_list(tmp_path):
+    (request,) = read_requests(written(tmp_path, {**row(), "names": "Roma"})).requests
+    assert request.edit.names == ("Roma",)
+
+
 def test_one_language_may_be_written_flat_and_an_id_is_made_of_the_line(tmp_path):
     flat = {"language": "zh", "subject": "罗马", "prompt": "罗马在", "target_new": "法国", "rephrase": "罗马位于"}
     (request,) = read_requests(written(tmp_path, "", flat)).requests
@@ -75,6 +80,13 @@ def test_one_language_may_be_written_flat_and_an_id_is_made_of_the_line(tmp_path
         ("[]", "line 2: a request is a JSON object, not a list"),
         ({"id": "x"}, "line 2: a request has no by_lang; it has: id"),
         ({"by_lang": {}}, "line 2: by_lang is {}"),
+        ({**row(), "names": 3}, "line 2: names is 3, not a text or a list of texts"),
+        ({**row(), "names": ["Rome", 3]}, "line 2: names is 3, not a text"),
+        ({**row(), "relation": ["capital"]}, "line 2: relation is .*, not a text"),
+        (
+            {"names": "R", "by_lang": {"en": {"prompt": "R is in", "target_new": "Peru"}}},
+            "line 2: .*'R' is a single character",
+        ),
         ({**row(), "targets": 1}, "line 2: a request has an unknown field targets; known are by_lang, dataset"),
         (row(target="France"), "line 2: by_lang.en has an unknown field target; known are locality, paraphrases"),
         ({"by_lang": {"en": {"prompt": "x"}}}, "line 2: by_lang.en has no target_new; it has: prompt"),

@@ -201,7 +201,7 @@ def test_only_facts_that_a_model_knows_in_enough_languages_are_kept(source, tmp_
     listed = {"fact-1": ["en", "zh"], "fact-2": ["en"], "fact-3": ["en", "de"], "fact-4": ["zh", "en", "de"]}
     known.write_text(json.dumps({"model_hash": "abc", "known": listed}))
     data = ready(Facts(source, known=str(known)))
-    assert [r.id for r in data.requests()] == ["fact-1", "fact-4"] and data.known_model == "abc"
+    assert [r.id for r in data.requests()] == ["fact-1", "fact-4"] and data.known_list["model_hash"] == "abc"
     assert data.sets["train"].summary.dropped == {"a fact that the model knows in fewer than 2 languages": 5}
     assert len(ready(Facts(source, known=str(known), known_in=1)).requests()) == 4
     with pytest.raises(ValueError, match="No request .* is left.*lower known_in"):
@@ -297,6 +297,7 @@ def test_the_separator_can_be_that_of_published_code(source):
         ({"languages": ["en", "de", "en"]}, "names a language twice: en, de, en"),
         ({"limit": 0}, "data.limit is 0"),
         ({"known_in": 0}, "data.known_in is 0"),
+        ({"known_in": 3}, "data.known_in is 3, but data.known is not set"),
         ({"max_target_tokens": 0}, "data.max_target_tokens is 0"),
         ({"batch_size": 0}, "data.batch_size is 0"),
     ],

@@ -129,6 +129,13 @@ def test_a_language_without_prompts_and_missing_norms_are_refused():
         ({"top_ratio": 0.0}, "top_ratio is 0.0"),
         ({"min_neurons": 9, "max_neurons": 8}, "min_neurons is 9"),
         ({"votes": 2}, "does not count"),
+        ({"votes": 0, "combination": "vote"}, "votes is 0"),
+        ({"ratio": 0.5}, "ratio is 0.5, but locating.selection is 'topk'"),
+        ({"threshold": 0.7, "selection": "ratio"}, "threshold is 0.7, but locating.selection is 'ratio'"),
+        (
+            {"statistic": "integrated_gradients", "position": "mean"},
+            "integrated_gradients reads the prompt's last token",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, named):

@@ -50,6 +50,12 @@ def test_the_longest_name_wins_and_of_equally_long_ones_the_last():
     assert (mention.edits, mention.start) == (("other",), 13)
 
 
+def test_a_name_at_the_end_of_a_text_is_found_where_a_longer_one_begins_alike():
+    assert found(index(fact=["Spain", "Spanien"]), "Tell me about Spain") == (("fact",), "Spain")
+    assert found(index(niger=["Niger"], nigeria=["Nigeria"]), "the river Niger") == (("niger",), "Niger")
+    assert found(index(fact=["Spanien"]), "Tell me about Spa") is None
+
+
 def test_one_name_may_belong_to_several_edits():
     assert index(a=["Paris"], b=["PARIS", "París"]).find("paris?").edits == ("a", "b")
 

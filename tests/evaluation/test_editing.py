@@ -46,6 +46,19 @@ def test_a_generated_answer_ends_with_its_first_line_or_sentence(generated, kept
 
 
 @pytest.mark.parametrize(
+    "wanted", ["12. Juli 1944", "St. John's College", "J. K. Rowling", "Apple Inc.", "Dr. No\nDr. Yes"]
+)
+def test_an_answer_that_holds_what_looks_like_an_end_can_be_written(wanted):
+    said = f" {wanted}\nIt is. Not"
+    assert first_sentence(said, wanted) == wanted.removesuffix(".") and is_finished(said, wanted)
+    assert not any(is_finished(said[:end], wanted) for end in range(1 + len(wanted)))
+    exact, f1 = GeneratedExactMatch(), GeneratedF1()
+    for metric in (exact, f1):
+        metric.update([said, f" so {wanted}\n"], [wanted, wanted])
+    assert exact.compute() == 50 and 50 < f1.compute() < 100
+
+
+@pytest.mark.parametrize(
     ("text", "finished"),
     [
         ("\nLyon", False),

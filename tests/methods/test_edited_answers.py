@@ -106,5 +106,16 @@ def test_texts_are_those_of_answers_that_run_to_their_limit(model, monkeypatch):
     rows = list(range(len(QUESTIONS)))
     ended = asking(model).questions(edited(model), rows, set(rows))
     assert any(len(question.said) < 4 for question in ended)
-    monkeypatch.setattr(edited_answers, "is_finished", lambda text: False)
+    monkeypatch.setattr(edited_answers, "is_finished", lambda text, wanted: False)
     assert ended == asking(model).questions(edited(model), rows, set(rows))
+
+
+def test_an_answer_longer_than_the_limit_has_room_and_what_is_only_compared_with_before_has_not(model, monkeypatch):
+    long, written = "the Mississippi river in North America, they say", []
+    generate = model.model.generate
+    monkeypatch.setattr(edited_answers, "is_finished", lambda text, wanted: False)
+    monkeypatch.setattr(model.model, "generate", lambda ids, **k: written.append(generate(ids, **k)) or written[-1])
+    about_and_unrelated = [("reliability", "Oslo is", long), ("locality", "Rome is", long)]
+    asking(model, about_and_unrelated, max_new_tokens=8).questions(EditSet(model.digest), [0, 1], {0, 1})
+    (row,) = encode_facts(model.model.tokenizer, [FactText("en", "Oslo is", long)])
+    assert [len(new) for new in written[0]] == [len(row.ids) - row.prompt_length + 1, 8]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import warnings
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lit_llm.data.fact_tokens import FactText, encode_facts
 from lit_llm.editing.deltas import EditSet
 from lit_llm.methods.edited_model import EDITS_FILE, EditedModel
 from lit_llm.models.language_model import ModelSpec
+from lit_llm.models.weights import model_hash
 from tests.tiny_edits import edit_config
 from tests.tiny_runs import fit, write_rows
 
@@ -236,3 +239,30 @@ def test_a_run_warns_once_of_prompts_on_which_edits_will_not_act_and_logs_them(t
     header, *rows = (cli.model.run_folder / "metrics.csv").read_text().splitlines()
     place = header.split(",").index("train/prompts_unheard")
     assert sum(float(row.split(",")[place] or 0) for row in rows) == 2
+
+
+def test_a_list_of_facts_that_another_model_knows_is_told(tmp_path):
+    config = edit_config(tmp_path, data={"known": str(tmp_path / "known.json"), "known_in": 1, "limit": 2})
+    known = {"model_hash": "0", "known": {"town-0": ["en"], "town-1": ["de"]}}
+    (tmp_path / "known.json").write_text(json.dumps({"model": "somebody/else", **known}))
+    with pytest.warns(match=r"lists what somebody/else knows, but .*model is edited"):
+        fit(config)
+    loaded = ModelSpec(source=str(tmp_path / "model")).load()
+    for own in ({"model": str(tmp_path / "model")}, {"model": "the same elsewhere", "model_hash": model_hash(loaded)}):
+        (tmp_path / "known.json").write_text(json.dumps({**known, **own}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="data.known")
+            fit(config)
+
+
+def test_what_became_of_each_language_and_why_facts_ended_is_logged(tmp_path):
+    with (fit(edit_config(tmp_path, data={"limit": 4})).model.run_folder / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert all(any(line.get(f"train/nll_{code}") for line in lines) for code in ("en", "de"))
+    stopped = [
+        line for line in lines if any(name.startswith("train/stopped_") for name, value in line.items() if value)
+    ]
+    assert stopped and all(
+        sum(float(value) for name, value in line.items() if name.startswith("train/stopped_") and value) == 1
+        for line in stopped
+    )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import CachedEdit
+from lit_llm.methods.edited_facts import edited_facts
 from lit_llm.methods.edited_model import EDITS_FILE
 from lit_llm.training_cli import TrainingCLI
 from tests.methods.test_neuron_edit import assert_same_edits, edits_of
@@ -76,6 +77,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_edits(tmp_path, method):
         fit(config, "--trainer.callbacks+=tests.tiny_runs.DieAt", "--trainer.callbacks.step=2")
     resumed = fit(config, "--ckpt_path", "last")
     assert_same_edits(edits_of(resumed), edits_of(unbroken))
+
+
+def test_a_run_that_is_resumed_and_stopped_at_once_still_knows_what_it_has_protected(tmp_path):
+    method = fit(config_of(tmp_path, "AlphaEdit", data={"limit": 4})).model
+    saved, again = {"lit_llm": {}}, {"lit_llm": {}}
+    method.on_save_checkpoint(saved)
+    keys = saved["lit_llm"]["earlier_keys"]["all"]
+    method._sequels = {}  # a new process has made none yet
+    method.on_load_checkpoint(saved)
+    method.on_save_checkpoint(again)
+    assert keys and all(torch.equal(again["lit_llm"]["earlier_keys"]["all"][layer], keys[layer]) for layer in keys)
+
+
+def test_an_edit_that_takes_the_place_of_another_is_computed_without_it(tmp_path):
+    """Over the first change there would be nothing left to do, and that change goes."""
+    config = config_of(tmp_path, "MEMIT", replace=True, data={"limit": 1})
+    method = fit(config).model
+    (first,) = method.edits
+    batch = next(iter(method.trainer.datamodule.train_dataloader()))
+    method._write(method.edits, edited_facts(batch), "all")
+    (second,) = method.edits
+    assert second is not first
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(tensors(second), tensors(first), strict=True))
 
 
 @pytest.mark.parametrize("method", [*SETTINGS, "NeuronEdit"])
