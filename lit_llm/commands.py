@@ -91,6 +91,11 @@ def paraphrase(options: list[str]) -> None:
     _run(paraphrase_facts, "paraphrase", options)
 
 
+def as_moe(options: list[str]) -> None:
+    """Parse the options of `as_moe` and run it."""
+    _run(write_as_moe, "as_moe", options)
+
+
 def report(options: list[str]) -> None:
     """Parse the options of `report` and run it."""
     _run(rebuild_report, "report", options, as_positional=True)
@@ -140,6 +145,29 @@ def talk(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+
+
+def write_as_moe(model: str, to: str, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+    """Write a model with experts in an architecture of transformers, for programs that know nothing of lit_llm.
+
+    That takes as many experts in every layer (MoE-LPR, `expand.uniform`), no classifiers, and the attention of Llama, Mistral
+    or Qwen3; another model is refused with the reasons. Logits are compared before anything is kept.
+
+    Example: python -m lit_llm as_moe --model RUN/model --to DIR
+
+    Args:
+        model: the folder that a run of LayerMoE has left.
+        to: the folder, which must not exist.
+        dtype: of the weights.
+    """
+    from lit_llm.models.language_model import ModelSpec
+    from lit_llm.models.moe_export import export_moe
+
+    if Path(to).exists():
+        raise FileExistsError(f"{to} exists. Choose another folder with --to, or remove it.")
+    expanded = ModelSpec(source=model, dtype=dtype).load().eval()
+    architecture = export_moe(expanded.transformer, Path(to), expanded.tokenizer)
+    sys.stderr.write(f"{to} is a {architecture} model, which AutoModelForCausalLM loads without lit_llm.\n")
 
 
 def rebuild_report(run: str) -> None:

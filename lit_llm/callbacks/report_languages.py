@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from html import escape
+from itertools import cycle
 from typing import Any
 
 from lit_llm.callbacks.report_chart import Series, line_chart, number
@@ -22,7 +23,7 @@ def similarity_figures(report: dict[str, Any]) -> list[str]:
     curves = {"S": report["similarity"], "new-new": report["new_new"], "new-old": report["new_old"]}
     series = [
         Series(name, [(float(layer), value) for layer, value in enumerate(values)], colour)
-        for (name, values), colour in zip(curves.items(), _COLOURS, strict=False)
+        for (name, values), colour in zip(curves.items(), cycle(_COLOURS))
         if values
     ]
     pairs = report["pairs"]
@@ -150,7 +151,7 @@ def _of(names: dict[str, str]) -> dict[str, str]:
 
 def _figure(run: RunData, title: str, metrics: dict[str, str]) -> str:
     logged = [name for name in metrics if run.curve(name)]
-    series = [Series(metrics[name], run.curve(name), colour) for name, colour in zip(logged, _COLOURS, strict=False)]
+    series = [Series(metrics[name], run.curve(name), colour) for name, colour in zip(logged, cycle(_COLOURS))]
     return line_chart(title, series) if series else ""
 
 

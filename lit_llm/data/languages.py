@@ -132,8 +132,9 @@ class Languages(L.LightningDataModule):
                 self._corpus(language, source)
 
     def setup(self, stage: str) -> None:
-        if stage == "test" and not self.held_out["test"]:
-            raise ValueError("data.test is not set, so there is nothing to test on. Name a source for each language.")
+        if stage in ("test", "predict") and not self.held_out["test"]:
+            told = "test on" if stage == "test" else "predict"
+            raise ValueError(f"data.test is not set, so there is nothing to {told}. Name a source for each language.")
         if self.sets:
             return
         for language in self.languages:

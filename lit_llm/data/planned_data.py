@@ -185,8 +185,9 @@ class PlannedData(L.LightningDataModule, ABC):
     def _splits_of_stage(self, stage: str | None) -> list[Split]:
         wanted = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("test",)}
         splits = wanted[stage or _stage_name(self.trainer)]
-        if stage == "test" and self.sources["test"] is None:
-            raise ValueError("data.test is not set, so there is nothing to test on. Name a file, or a shipped part.")
+        if stage in ("test", "predict") and self.sources["test"] is None:
+            told = "test on" if stage == "test" else "predict"
+            raise ValueError(f"data.test is not set, so there is nothing to {told}. Name a file, or a shipped part.")
         return [split for split in splits if self.sources[split] is not None]
 
 

@@ -163,6 +163,7 @@ def _similarity(student: LanguageModel, data: Languages, settings: Similarity, s
             raise FileNotFoundError(
                 f"similarity.file is {settings.file}, which does not exist (looked from {Path.cwd()})."
             )
+        rank_zero_info(f"Similarity of languages is read from {path}; nothing is measured.")
         return SimilarityReport.read(path)
     found: dict[str, Any] | None = None
     if strategy.is_global_zero:

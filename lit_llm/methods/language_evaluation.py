@@ -38,7 +38,7 @@ class LanguageEvaluation:
         data = method.trainer.datamodule
         self.groups = {name: list(members) for name, members in data.groups.items()}
         self.languages = list(data.languages)
-        before = Path(source).parent / FILE if source is not None else None
+        before = Path(source).resolve().parent / FILE if source is not None and Path(source).is_dir() else None
         earlier = ForgettingTable.read(before).moments if before is not None and before.is_file() else []
         self.table = ForgettingTable(self.groups, earlier)
         self._num_earlier = len(earlier)

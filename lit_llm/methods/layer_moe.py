@@ -29,7 +29,7 @@ from lit_llm.losses.routing import (
 from lit_llm.losses.token_log_probs import token_log_probs
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.base import Method, Optimization
-from lit_llm.methods.expansion import check_groups, plan_expansion, write_expansion
+from lit_llm.methods.expansion import check_groups, parameter_counts, plan_expansion, write_expansion
 from lit_llm.methods.layer_moe_settings import Expand, Similarity
 from lit_llm.models import allocation, surgery
 from lit_llm.models.dispatch import Dispatch
@@ -173,6 +173,10 @@ class LayerMoE(Method):
             plan = surgery.plan_of(model)
             check_groups(plan, data)
             return plan
+        if settings.router_init == "keep" and surgery.plan_of(model) is None:
+            raise ValueError(
+                "expand.router_init is 'keep', but the student is dense and has no router whose rows could be kept. Leave it out."
+            )
         plan = plan_expansion(self.student, data, settings, self.similarity, self.run_folder, self.trainer.strategy)
         surgery.expand(model, plan, run_seed(settings.seed), settings.router_init, self.dispatch)
         return plan
@@ -351,6 +355,7 @@ class LayerMoE(Method):
             "by_layer": found.layers,
             "by_language": found.languages,
             "load_shares": found.load_shares,
+            "parameters": parameter_counts(self.student.transformer),
         }
 
     @property
@@ -375,6 +380,11 @@ class LayerMoE(Method):
                     f"model.{name} is set, but model.stage is {self.stage}, which does not use it. Leave it out, or set "
                     f"model.stage: {3 - self.stage}."
                 )
+        if self.student_spec.lora is not None:
+            raise ValueError(
+                "model.student.lora is set, but LayerMoE trains experts, routers and classifiers, and adapters would stay as they "
+                "begin. Leave lora out; for a model with adapters name its folder as model.student.source, and they are merged."
+            )
         for name in ("balance_coef", "lpr_coef", "classifier_coef"):
             if given[name] < 0:
                 raise ValueError(f"model.{name} is {given[name]}; it must be at least 0.")

@@ -70,7 +70,7 @@ def by_delta(similarity: Sequence[float], delta: float, min_experts: int = 1) ->
     Raises:
         ValueError: a similarity that is not above 0, or delta or min_experts out of range.
     """
-    if not delta > 0:
+    if not 0 < delta < math.inf:
         raise ValueError(f"expand.delta is {delta}; it is the real-valued number of experts in total, above 0.")
     _check(similarity, min_experts)
     weights = [1 / Fraction(value) for value in similarity]

@@ -35,6 +35,7 @@ REPORT = {
             "bypass_share": [[NAN, 0.9], [NAN, 0.9], [NAN, 0.25]],
         },
         "load_shares": [[0.5, 0.25, 0.25], [0.5, 0.5]],
+        "parameters": {"total": 2000, "active": 1500},
     },
 }
 PLAN = {
@@ -96,6 +97,17 @@ def test_routing_is_drawn_by_language_and_layer_and_load_by_expert(run):
     assert "lpr" in training and "routing" not in training
 
 
+def test_every_language_has_its_curve_however_many_there_are(run):
+    languages = ["en", "fr", "hu", "tr", "de", "it", "es", "pt", "nl", "fi"]
+    *_, line = [json.loads(text) for text in (run / "languages.jsonl").read_text().splitlines()]
+    metrics = MetricsFile(run / "metrics.csv")
+    metrics.append({"step": 10, **{f"val/loss_{code}": 2.0 for code in languages}})
+    (run / "languages.jsonl").write_text(json.dumps({**line, "languages": languages, "routing": None}) + "\n")
+    labels = [attributes["aria-label"] for tag, attributes in read(write_report(run)).tags if tag == "svg"]
+    (label,) = [label for label in labels if label.startswith("Validation loss by language")]
+    assert all(f"{code} ends at 2" in label for code in languages)
+
+
 def test_a_run_on_other_data_has_no_such_section(run):
     for name in ("languages.jsonl", "expansion.json"):
         (run / name).unlink()
@@ -129,6 +141,10 @@ def test_a_validation_leaves_a_line_and_pictures(tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     assert "routing/val/expert0_prob" in events.Tags()["images"]
     assert "languages/val/text_summary" in events.Tags()["tensors"]
+    assert "routing/val/load_shares" in events.Tags()["images"]
+    (told,) = events.Tensors("experts/val/text_summary")
+    text = told.tensor_proto.string_val[0].decode()
+    assert "| 0 | 3 | 50.0%, 25.0%, 25.0% |" in text and "| active | 1,500 |" in text
 
 
 def test_a_picture_goes_from_white_to_blue():

