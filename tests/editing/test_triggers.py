@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lit_llm.data.fact_files import read_requests
 from lit_llm.editing.triggers import SubjectIndex, Trigger, pooled, relation_threshold, unheard
 from tests import tiny
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "editing"
 
 
 def index(**names: list[str]) -> SubjectIndex:
@@ -118,3 +123,34 @@ def test_prompts_on_which_their_own_edits_never_act_are_found_with_the_reason():
     assert (short.edit, short.language) == ("us", "de") and "looks for 'United States' and finds none" in short.reason
     assert longer.edit == "york" and "that of the edit 'new'" in longer.reason
     assert misspelled.prompt == "Osslo is in"
+
+
+FOUND = {  # percent of MzsRE's 743 edit prompts and rephrases in which their fact is found, with all facts at once
+    **{"en": (100, 100), "cs": (82.8, 80.5), "de": (95.4, 96.6), "nl": (97.6, 96.6), "es": (95.7, 96.4)},
+    **{"fr": (95.4, 94.9), "pt": (96.6, 96.4), "ru": (71.2, 69.6), "th": (87.6, 88.6), "tr": (91.9, 92.3)},
+    **{"vi": (93.9, 93.7), "zh": (99.9, 99.7)},
+}
+
+
+@pytest.mark.shared_data
+def test_subjects_of_a_real_set_are_found_as_often_as_published_and_in_hardly_any_unrelated_question():
+    file = SHARED / "mzsre_test.jsonl.gz"
+    if not file.is_file():
+        pytest.skip("the shared data is not beside the checkout")
+    requests = read_requests(file, "drop").requests  # four fifths of them
+    names = {
+        request.id: [*(fact.subject for fact in request.edit.by_language.values() if fact.subject), *request.edit.names]
+        for request in requests
+    }
+    whole = SubjectIndex(names)
+
+    def share(asked: list[tuple[str, str]]) -> float:
+        mentions = [(fact, whole.find(text)) for fact, text in asked]
+        return 100 * sum(mention is not None and fact in mention.edits for fact, mention in mentions) / len(asked)
+
+    for code, (prompts, rephrases) in FOUND.items():
+        edits = [(request.id, request.edit.by_language[code].prompt) for request in requests]
+        others = [(request.id, text) for request in requests for text in request.questions[code].rephrases]
+        unrelated = [q.prompt for request in requests for q in request.questions[code].locality]
+        assert share(edits) == pytest.approx(prompts, abs=1) and share(others) == pytest.approx(rephrases, abs=1), code
+        assert sum(whole.find(text) is not None for text in unrelated) <= 0.012 * len(unrelated), code
