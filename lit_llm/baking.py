@@ -18,9 +18,10 @@ from lit_llm.editing.closed_form import inverse
 from lit_llm.editing.covariance import kept_second_moments
 from lit_llm.editing.deltas import Edit, EditSet, WeightEdit
 from lit_llm.editing.edit_stack import baked
+from lit_llm.editing.fact_text import index_of
 from lit_llm.editing.passes import run
 from lit_llm.editing.rows import Row, padded
-from lit_llm.editing.triggers import SubjectIndex, unheard
+from lit_llm.editing.triggers import unheard
 from lit_llm.fact_editing import Device, Dtype, opened
 from lit_llm.methods.edited_model import EditedModel
 from lit_llm.methods.ordinary_text import OrdinaryText, passages
@@ -94,9 +95,9 @@ class Answered(NamedTuple):
 
 def _asked(kept: EditSet, tokenizer) -> Asked:
     """The edits' own prompts, but for those on which a cached edit does not act."""
-    names = {edit.fact.id: edit.fact.names() for edit in kept.cached}
-    silent = list(unheard(tokenizer, names, {edit.fact.id: edit.fact.prompts for edit in kept.cached}))
-    left_out, index = {(prompt.edit, prompt.language) for prompt in silent}, SubjectIndex(names)
+    index = index_of([edit.fact for edit in kept.cached])
+    silent = list(unheard(tokenizer, index, {edit.fact.id: edit.fact.prompts for edit in kept.cached}))
+    left_out = {(prompt.edit, prompt.language) for prompt in silent}
     texts = {}
     for edit in kept:
         for code, prompt in edit.fact.prompts.items():

@@ -5,6 +5,7 @@ Edits are kept in a file beside the base model, which is never written to.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from lit_llm.data.fact_tokens import FactText as Prompt
 from lit_llm.data.fact_tokens import encode_facts
 from lit_llm.data.language_codes import check_language
 from lit_llm.editing.deltas import EditSet
+from lit_llm.editing.fact_text import FactText, index_of
 from lit_llm.editing.locate import Locating
 from lit_llm.editing.optimise import Optimising
 from lit_llm.editing.triggers import Trigger, unheard
@@ -79,6 +81,10 @@ def edit_fact(
         device: where to run; auto takes a GPU if there is one.
     """
     request = _request(subject, prompt, target, relation, id)
+    if trigger.scope == "oracle":
+        raise ValueError(
+            "trigger.scope is 'oracle', which is for scores: such an edit would act on every text. Set another."
+        )
     if trigger.scope == "subject_relation" and len(prompt) < 2 and trigger.relation_threshold is None:
         raise ValueError(
             "trigger.scope is 'subject_relation', which compares a question with the prompts of an edit, but there is 1 prompt. "
@@ -94,7 +100,8 @@ def edit_fact(
         layers = kept.cached[0].layers
     settings = NeuronSettings(layers, locating, optimising, trigger)
     editor = NeuronEditor(edited.body, edited.model.head, edited.model.tokenizer, settings)
-    _check_heard(_with(kept, fact, editor.layers, replace), fact, edited.model.tokenizer)
+    text = dataclasses.replace(fact.text, fuzzy=trigger.fuzzy)
+    _check_heard(_with(kept, text, editor.layers, replace), fact, edited.model.tokenizer)
     with edited.under(kept.of_weights):
         (made,) = editor.edit([fact]).edits
     if made.stats["stop"] == "not_finite":
@@ -209,18 +216,17 @@ def _encoded(request: Edit, model: LanguageModel, encoding: FactEncoding) -> Edi
     return fact
 
 
-def _with(kept: EditSet, fact: EditedFact, layers: list[int], replace: bool) -> EditSet:
+def _with(kept: EditSet, fact: FactText, layers: list[int], replace: bool) -> EditSet:
     """The edits with this one, without values yet: what adding would refuse is refused before anything is computed."""
     from lit_llm.editing.edit_cache import CachedEdit
 
     grown = EditSet.from_state(kept.state())
-    grown.add(CachedEdit(fact.text, dict.fromkeys(layers, torch.empty(0)), {}), replace=replace)
+    grown.add(CachedEdit(fact, dict.fromkeys(layers, torch.empty(0)), {}), replace=replace)
     return grown
 
 
 def _check_heard(edits: EditSet, fact: EditedFact, tokenizer) -> None:
-    names = {edit.fact.id: edit.fact.names() for edit in edits.cached}
-    for found in unheard(tokenizer, names, {fact.text.id: fact.text.prompts}):
+    for found in unheard(tokenizer, index_of([edit.fact for edit in edits.cached]), {fact.text.id: fact.text.prompts}):
         raise ValueError(
             f"The edit would not act on its own prompt in {found.language}, {found.prompt!r}: {found.reason}. Nothing was "
             f"changed. Give --subject.{found.language} in full and as the prompt spells it."

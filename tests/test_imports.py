@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "lit_llm"
 ALLOWED = {
     "losses": {"losses"},
     "models": {"models", "losses", "data.batch", "storage", "wheels"},
-    "editing": {"editing", "losses", "models", "folding", "storage"},
-    "data": {"data", "losses", "folding", "seeds", "storage", "wheels"},
+    "editing": {"editing", "losses", "models", "folding", "similar_names", "storage"},
+    "data": {"data", "losses", "folding", "similar_names", "seeds", "storage", "wheels"},
     "evaluation": {"evaluation", "losses", "storage"},
     "callbacks": {"callbacks", "evaluation.samples", "storage"},
     "planning": {"planning", "methods", "models", "losses", "data"},

@@ -22,7 +22,8 @@ from whole_files import begun, check_run, logged_step, model_tensors
 from lit_llm.checkpoint_io import read_checkpoint
 from lit_llm.data.shard_files import readable, whole_tensors
 from lit_llm.editing.deltas import EditSet
-from lit_llm.editing.edit_cache import CachedEdit, FactText
+from lit_llm.editing.edit_cache import CachedEdit
+from lit_llm.editing.fact_text import FactText
 from lit_llm.models.language_model import ModelSpec
 from lit_llm.training_cli import TrainingCLI
 from tests.tiny_runs import store_options, tiny_config, write_rows

@@ -6,16 +6,15 @@ were translated independently (MzsRE, arXiv 2312.13040); `locate_subject` theref
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lit_llm.folding import Folded, begins_inside_word, dotted, end_with_marks, fold
+from lit_llm.similar_names import Windows
 
 How = Literal["exact", "folded", "alias_exact", "alias_folded", "fuzzy", "none"]
 HOW: tuple[How, ...] = ("exact", "folded", "alias_exact", "alias_folded", "fuzzy", "none")
-_SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def locate_subject(text: str, subject: str | None, aliases: Sequence[str] = ()) 
         for _, name in group:
             if (span := _folded_occurrence(text, page, name)) is not None:
                 return SubjectMatch(f"{prefix}folded", *span)
-    windows = _Windows(text)
+    windows = Windows(text)
     for _, name in names:
         if (span := windows.most_similar(name)) is not None:
             return SubjectMatch("fuzzy", *span)
@@ -86,60 +85,3 @@ def _folded_occurrence(text: str, page: Folded, name: str) -> tuple[int, int] | 
             return first, end_with_marks(text, last + 1)
         start = folded.rfind(name, 0, end - 1)
     return None
-
-
-class _Windows:
-    """Runs of words of one text, compared with names."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.words = text, _words(text)
-        self._folded: dict[tuple[int, int], str] = {}
-
-    def most_similar(self, name: str) -> tuple[int, int] | None:
-        """The span of the window that is most similar to a folded name, if it is similar enough."""
-        count = len(_words(name))
-        best, best_key = None, (0.0, 0, 0)
-        for size in range(max(count - 1, 1), count + 2):
-            for first in range(len(self.words) - size + 1):
-                span = self.words[first][0], self.words[first + size - 1][1]
-                key = (similarity(self._window(span), name, at_least=_SIMILAR), -span[0], span[1] - span[0])
-                if key[0] >= _SIMILAR and key > best_key:
-                    best, best_key = span, key
-        return best
-
-    def _window(self, span: tuple[int, int]) -> str:
-        if span not in self._folded:
-            self._folded[span] = fold(self.text[span[0] : span[1]]).text
-        return self._folded[span]
-
-
-def _words(text: str) -> list[tuple[int, int]]:
-    """Spans of runs of letters, digits and the marks that belong to them."""
-    spans, start = [], None
-    for index, char in enumerate(text):
-        if char.isalnum() or char == "_" or (start is not None and unicodedata.category(char)[0] == "M"):
-            start = index if start is None else start
-        elif start is not None:
-            spans.append((start, index))
-            start = None
-    return [*spans, *([] if start is None else [(start, len(text))])]
-
-
-def similarity(first: str, second: str, at_least: float = 0.0) -> float:
-    """1 - Levenshtein distance / length of the longer string; 0 at once where it cannot reach `at_least`."""
-    longer = max(len(first), len(second))
-    if longer == 0:
-        return 1.0
-    allowed = int((1 - at_least) * longer + 1e-9)
-    if abs(len(first) - len(second)) > allowed:
-        return 0.0
-    previous = list(range(len(second) + 1))
-    for row, char in enumerate(first, start=1):
-        current = [row]
-        for column, other in enumerate(second, start=1):
-            substituted = previous[column - 1] + (char != other)
-            current.append(min(substituted, previous[column] + 1, current[-1] + 1))
-        if min(current) > allowed:
-            return 0.0
-        previous = current
-    return 1 - previous[-1] / longer

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lit_llm.editing.closed_form import LowRank
-from lit_llm.editing.edit_cache import CachedEdit, FactText
+from lit_llm.editing.edit_cache import CachedEdit
+from lit_llm.editing.fact_text import FactText
 from lit_llm.editing.fine_tuning import DenseChange
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.models.weights import state_digest

@@ -8,54 +8,19 @@ Shapes: R rows, T columns, K stored prompts of an edit, N = R * T, d hidden size
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lit_llm.editing.fact_text import FactText, index_of
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.passes import run_until
 from lit_llm.editing.rows import Apply, Row, padded
-from lit_llm.editing.triggers import Mention, Search, SubjectIndex, Trigger, decoded, mentioned_tokens, pooled
-from lit_llm.folding import dotted, fold
-
-
-@dataclass(frozen=True)
-class FactText:
-    """What an edit says, for people and for the trigger.
-
-    Attributes:
-        id: name of the edit.
-        relation: its kind, e.g. `capital`; None where it is not known, and prompts are compared instead.
-        subjects: by language.
-        prompts: by language.
-        targets: the new answers by language.
-        aliases: other names of the subject.
-    """
-
-    id: str
-    subjects: dict[str, str]
-    prompts: dict[str, str]
-    targets: dict[str, str]
-    relation: str | None = None
-    aliases: tuple[str, ...] = ()
-
-    def names(self) -> list[str]:
-        return [*dict.fromkeys((*self.subjects.values(), *self.aliases))]
-
-    def is_same_question(self, other: FactText) -> bool:
-        """Whether both edit one relation of one subject: they share a name of it, of whatever language, and the relation; where
-        one has no relation, a prompt.
-        """
-        if not _share_one(self.names(), other.names()):
-            return False
-        if self.relation is not None and other.relation is not None:
-            return _plain(self.relation) == _plain(other.relation)
-        return _share_one(self.prompts.values(), other.prompts.values())
+from lit_llm.editing.triggers import Mention, Search, Trigger, decoded, mentioned_tokens, pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +77,14 @@ class EditCache:
         tokenizer: a fast one, of the model; for finding names in token ids.
         edits: all in the same layers.
         trigger: when they act; an edit without a threshold of its own acts by its subject alone.
-        search: see `SubjectIndex`.
+        search: see `index_of`.
 
     Attributes:
         firings: of the last batch, one per row.
 
     Raises:
-        ValueError: edits in different layers or beyond the model, ids twice, or an edit with a threshold and no vectors.
+        ValueError: edits in different layers or beyond the model, ids twice, an edit with a threshold and no vectors, or several
+            edits of which an oracle would have to choose.
     """
 
     def __init__(
@@ -134,7 +100,7 @@ class EditCache:
         self.firings: list[Firing] = []
         self._check(edits)
         self._search = search
-        self._index = SubjectIndex({name: edit.fact.names() for name, edit in self.edits.items()}, search)
+        self._index = index_of([edit.fact for edit in self.edits.values()], search)
         self._plan: _Plan | None = None
 
     @contextmanager
@@ -185,7 +151,7 @@ class EditCache:
         edits, index = self.edits, self._index
         kept = {name: edit for name, edit in edits.items() if name not in names}
         self.edits = kept
-        self._index = SubjectIndex({name: edit.fact.names() for name, edit in kept.items()}, self._search)
+        self._index = index_of([edit.fact for edit in kept.values()], self._search)
         try:
             yield self
         finally:
@@ -208,6 +174,8 @@ class EditCache:
                     f"active, so it is not known which edits they belong to. Run the prompts again."
                 )
             return self._plan.going_on(offset, ids_RT.shape[1])
+        if chosen is None and self.trigger.scope == "oracle":
+            chosen = [*self.edits] * len(ids_RT)
         mask_RT = given.get("attention_mask")
         plan = _Plan(len(ids_RT), ids_RT.shape[1], ids_RT.device)
         self.firings = []
@@ -223,7 +191,7 @@ class EditCache:
             return Firing(None, None, None)
         text = decoded(self._tokenizer, ids)
         if chosen is not None:
-            own = SubjectIndex({chosen[row]: self.edits[chosen[row]].fact.names()}, self._search)
+            own = index_of([self.edits[chosen[row]].fact], self._search)
             mention = own.find(text)
             first, last = (
                 (len(ids) - 1, len(ids) - 1) if mention is None else mentioned_tokens(self._tokenizer, ids, mention)
@@ -303,6 +271,11 @@ class EditCache:
     def _check(self, edits: Sequence[CachedEdit]) -> None:
         if len(self.edits) != len(edits):
             raise ValueError(f"{len(edits)} edits have {len(self.edits)} different ids; each needs its own.")
+        if self.trigger.scope == "oracle" and len(edits) > 1:
+            raise ValueError(
+                f"trigger.scope is 'oracle', but {len(edits)} edits are there, e.g. {edits[0].fact.id!r}, and it does not tell "
+                f"which of them a text means. Apply one edit at a time, or let names decide (trigger.scope: subject)."
+            )
         layers = {tuple(edit.layers) for edit in edits}
         if len(layers) > 1:
             raise ValueError(
@@ -396,12 +369,3 @@ def _real_columns(mask_RT: Tensor | None, row: int, columns: int) -> list[int]:
     if mask_RT is None or mask_RT.ndim != 2:
         return list(range(columns))
     return mask_RT[row, -columns:].nonzero().flatten().tolist()
-
-
-def _share_one(texts: Iterable[str], others: Iterable[str]) -> bool:
-    return not {_plain(text) for text in texts}.isdisjoint(_plain(text) for text in others)
-
-
-@lru_cache(maxsize=100_000)  # an edit is compared with all earlier ones
-def _plain(text: str) -> str:
-    return " ".join(dotted(fold(text).text).split())

@@ -7,7 +7,7 @@ Shapes: R rows, T columns, K stored prompts of an edit, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -31,23 +31,32 @@ class Trigger:
     Args:
         scope: `subject_relation`: the subject is named, and the question is close enough to the edit's prompts. `subject`:
             it is named; such an edit also changes the subject's other facts, so tables have to say that it was used. Of
-            several edits of one subject the one with the nearest prompts acts, where they are known, else the newest.
+            several edits of one subject the one with the nearest prompts acts, where they are known, else the newest. `oracle`:
+            on every text, for runs that ask each fact's questions under its own edit (`single`) and unrelated ones under none:
+            what the values are worth, whatever finds them. Tables have to say that it was used.
         relation_threshold: cosine that the question needs; None: each edit's own (see `relation_threshold`).
+        fuzzy: where no name is found as it is, take words that are spelled much like one (`similar_span`): inflected names,
+            which Russian and Czech are full of. A scan over all names of such edits.
 
     Raises:
         ValueError: a threshold where none is used.
     """
 
-    scope: Literal["subject_relation", "subject"] = "subject_relation"
+    scope: Literal["subject_relation", "subject", "oracle"] = "subject_relation"
     relation_threshold: float | None = None
+    fuzzy: bool = False
 
     def __post_init__(self) -> None:
-        if self.scope not in ("subject_relation", "subject"):
-            raise ValueError(f"trigger.scope is {self.scope!r}; it is subject_relation or subject.")
-        if self.scope == "subject" and self.relation_threshold is not None:
+        if self.scope not in ("subject_relation", "subject", "oracle"):
+            raise ValueError(f"trigger.scope is {self.scope!r}; it is subject_relation, subject or oracle.")
+        if self.scope != "subject_relation" and self.relation_threshold is not None:
             raise ValueError(
-                f"trigger.relation_threshold is {self.relation_threshold}, but trigger.scope is 'subject', which compares no "
-                f"relation. Leave it out."
+                f"trigger.relation_threshold is {self.relation_threshold}, but trigger.scope is {self.scope!r}, which compares "
+                f"no relation. Leave it out."
+            )
+        if self.scope == "oracle" and self.fuzzy:
+            raise ValueError(
+                "trigger.fuzzy is set, but trigger.scope is 'oracle', which looks for no name. Leave it out."
             )
 
 
@@ -73,9 +82,15 @@ class SubjectIndex:
             Japanese and Korean) are left out where the edit has a longer one: common words are spelled like them.
         search: where no name is found as it is, this is asked for each name: (text, name) -> span. A scan over all names;
             None: no such step.
+        searched: edits for whose names it is asked; None: all.
     """
 
-    def __init__(self, names: Mapping[str, Sequence[str]], search: Search | None = None) -> None:
+    def __init__(
+        self,
+        names: Mapping[str, Sequence[str]],
+        search: Search | None = None,
+        searched: Container[str] | None = None,
+    ) -> None:
         self._edits: dict[str, list[str]] = {}
         self._looked_for: dict[str, list[str]] = {}
         self._names: list[tuple[str, str]] = []
@@ -86,7 +101,8 @@ class SubjectIndex:
             for name, text in (long_enough or folded).items():
                 if text and edit not in self._edits.setdefault(text, []):
                     self._edits[text].append(edit)
-                    self._names.append((edit, name))
+                    if searched is None or edit in searched:
+                        self._names.append((edit, name))
                     self._looked_for.setdefault(edit, []).append(name)
         self._lengths: dict[str, list[int]] = {}  # by first character, the longest first
         for text in self._edits:
@@ -142,19 +158,16 @@ class Unheard(NamedTuple):
     reason: str
 
 
-def unheard(
-    tokenizer, names: Mapping[str, Sequence[str]], prompts: Mapping[str, Mapping[str, str]]
-) -> Iterator[Unheard]:
+def unheard(tokenizer, index: SubjectIndex, prompts: Mapping[str, Mapping[str, str]]) -> Iterator[Unheard]:
     """The prompts on which their own edits would never act, whatever values they have.
 
     Locating a subject allows more than the trigger does: misspelled names, and short ones.
 
     Args:
         tokenizer: of the model; the trigger reads what it makes of a prompt.
-        names: of the subjects of all edits that act together, see `SubjectIndex`.
+        index: of the subjects of all edits that act together.
         prompts: by edit and language.
     """
-    index = SubjectIndex(names)
     for edit, by_language in prompts.items():
         for language, prompt in by_language.items():
             mention = index.find(decoded(tokenizer, tokenizer(prompt)["input_ids"]))

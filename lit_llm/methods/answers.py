@@ -231,3 +231,18 @@ class Answering(L.LightningModule):
             batch_size=settings.batch_size,
         )
         return [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def check_greedy(generation: Generation) -> None:
+    """See that answers before and after a change are comparable.
+
+    Raises:
+        ValueError: a setting of sampling.
+    """
+    usual = Generation()
+    for name in ("temperatures", "seeds", "top_p", "top_k", "no_repeat_ngram_size"):
+        if getattr(generation, name) != getattr(usual, name):
+            raise ValueError(
+                f"model.generation.{name} is {getattr(generation, name)}, but what a model says before and after an edit is "
+                f"compared greedily. Leave {name} out."
+            )

@@ -14,7 +14,8 @@ from lit_llm.data.batch import TokenBatch
 from lit_llm.data.edit_batch import KINDS, EditBatch, QuestionBatch
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import Firing
-from lit_llm.editing.triggers import SubjectIndex, decoded
+from lit_llm.editing.fact_text import index_of
+from lit_llm.editing.triggers import decoded
 from lit_llm.evaluation.editing import first_sentence, is_finished
 from lit_llm.losses.token_log_probs import best_tokens
 from lit_llm.methods.answers import Generation
@@ -195,9 +196,9 @@ def known_already(
 
 def about_a_subject(model: EditedModel, edits: EditSet, names: Sequence[Name]) -> set[Name]:
     """The questions on which an edit may act: cached edits act on none that does not name one of their subjects."""
-    if edits.of_weights:
+    if edits.of_weights or model.trigger.scope == "oracle":
         return set(names)
-    index, tokenizer = SubjectIndex({edit.fact.id: edit.fact.names() for edit in edits.cached}), model.model.tokenizer
+    index, tokenizer = index_of([edit.fact for edit in edits.cached]), model.model.tokenizer
     asked = {name: {name[0], name[1][: name[2]]} for name in names}  # alike unless a merge joins prompt and answer
     return {name for name, texts in asked.items() if any(index.find(decoded(tokenizer, text)) for text in texts)}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lit_llm.data.batch import TokenBatch
 from lit_llm.data.edit_batch import EditBatch
 from lit_llm.data.edit_requests import Edit
-from lit_llm.editing.edit_cache import FactText
+from lit_llm.editing.fact_text import FactText
 from lit_llm.editing.optimise import FactRows
 from lit_llm.editing.rows import Row
 

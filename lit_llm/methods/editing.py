@@ -18,7 +18,7 @@ from lit_llm.data.facts import Facts
 from lit_llm.editing.deltas import Edit, EditSet
 from lit_llm.editing.triggers import Trigger
 from lit_llm.evaluation.samples import Sample
-from lit_llm.methods.answers import Generation
+from lit_llm.methods.answers import Generation, check_greedy
 from lit_llm.methods.base import Method
 from lit_llm.methods.edit_scores import EditScores, Question, mean_nll
 from lit_llm.methods.edited_answers import Asking, Name, Said, known_already
@@ -83,7 +83,12 @@ class Editing(Method):
                 "model.replace is true, but with model.single every fact is edited in the untouched model, so there is no "
                 "earlier edit to replace. Leave replace out."
             )
-        _check_greedy(generation)
+        if trigger.scope == "oracle" and not single:
+            raise ValueError(
+                "model.trigger.scope is 'oracle', which lets an edit act on every text, but the edits of a run are there together. "
+                "Set model.single: true, or another scope."
+            )
+        check_greedy(generation)
         super().__init__(student, generation=generation)
         self.automatic_optimization = False
         self.edited_in, self.crossed, self.replace, self.trigger = edited_in, list(crossed or []), replace, trigger
@@ -282,7 +287,14 @@ class Editing(Method):
         for number, fact in enumerate(asking.batch.ids):
             own = [row for row in rows if asking.batch.fact_R[row] == number]
             kept = EditSet(edits.base, [edit for edit in edits if edit.fact.id == fact])
-            found += asking.questions(kept, own, free & set(own))
+            unrelated = (
+                {row for row in own if KINDS[asking.batch.kind_R[row]] == "locality"}
+                if self.trigger.scope == "oracle"
+                else set()
+            )
+            found += asking.questions(EditSet(edits.base), sorted(unrelated), free & unrelated)
+            about = [row for row in own if row not in unrelated]
+            found += asking.questions(kept, about, free & set(about))
         return found
 
     def _edited_prompts(self, stage: str) -> set[str]:
@@ -402,13 +414,3 @@ class Editing(Method):
             "crossed": self.crossed,
             "single": self.single,
         }
-
-
-def _check_greedy(generation: Generation) -> None:
-    usual = Generation()
-    for name in ("temperatures", "seeds", "top_p", "top_k", "no_repeat_ngram_size"):
-        if getattr(generation, name) != getattr(usual, name):
-            raise ValueError(
-                f"model.generation.{name} is {getattr(generation, name)}, but what a model says before and after an edit is "
-                f"compared greedily. Leave {name} out."
-            )

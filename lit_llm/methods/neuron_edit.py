@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Optional
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from lit_llm.data.edit_batch import Kind
 from lit_llm.data.edit_requests import Edit as Request
 from lit_llm.editing.deltas import Edit, EditSet
+from lit_llm.editing.fact_text import index_of
 from lit_llm.editing.locate import Locating, overlap
 from lit_llm.editing.optimise import Optimising
 from lit_llm.editing.triggers import Trigger, unheard
@@ -84,9 +86,10 @@ class NeuronEdit(Editing):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         edits = [fact.edit for fact in self.trainer.datamodule.sets["train"].facts]
+        fuzzy = self.settings.trigger.fuzzy
         texts = [text_of(edit.in_languages(self._edited_in(edit))) for edit in edits if self._edited_in(edit)]
-        names = {text.id: text.names() for text in texts}
-        found = list(unheard(self.student.tokenizer, names, {text.id: text.prompts for text in texts}))
+        index = index_of([replace(text, fuzzy=fuzzy) for text in texts])
+        found = list(unheard(self.student.tokenizer, index, {text.id: text.prompts for text in texts}))
         self._unheard = Counter(prompt.edit for prompt in found)
         if found:
             asked, (first, *_) = sum(len(text.prompts) for text in texts), found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Optional
 
 import torch
@@ -16,12 +16,13 @@ from torch.nn.functional import normalize
 
 from lit_llm.editing.attribution import integrated_gradients
 from lit_llm.editing.edit_cache import CachedEdit, relation_vectors
+from lit_llm.editing.fact_text import FactText, index_of
 from lit_llm.editing.hooks import FeedForwards
 from lit_llm.editing.locate import Located, Locating, combine, contrasted, random_neurons, scores, select
 from lit_llm.editing.optimise import Optimised, Optimising, optimise
 from lit_llm.editing.passes import neurons_at
 from lit_llm.editing.rows import Row
-from lit_llm.editing.triggers import SubjectIndex, Trigger, decoded, mentioned_tokens, relation_threshold
+from lit_llm.editing.triggers import Trigger, decoded, mentioned_tokens, relation_threshold
 from lit_llm.losses.head import Head
 from lit_llm.methods.edited_facts import EditedFact
 
@@ -161,7 +162,7 @@ class NeuronEditor:
             "dropped": sum(found.dropped for found in located.values()),
         }
         return CachedEdit(
-            fact=fact.text,
+            fact=self._text(fact),
             neurons={layer: found.neurons.cpu() for layer, found in located.items()},
             values={layer: values.float().cpu() for layer, values in result.values.items()},
             apply=self.settings.optimising.apply,
@@ -170,9 +171,12 @@ class NeuronEditor:
             stats=stats,
         )
 
+    def _text(self, fact: EditedFact) -> FactText:
+        return replace(fact.text, fuzzy=self.settings.trigger.fuzzy)
+
     def relation_vectors(self, fact: EditedFact) -> Tensor:
         """(K, d) of the fact's prompts in all of its languages, without the tokens that the trigger takes for the subject."""
-        index = SubjectIndex({fact.edit.id: fact.text.names()})
+        index = index_of([self._text(fact)])
         rows, starts = [], []
         for row in (row for rows in fact.rows.values() for row in rows):
             mention = index.find(decoded(self.tokenizer, row.prompt))

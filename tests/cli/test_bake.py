@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_llm.cli import main
 from lit_llm.editing.closed_form import LowRank
 from lit_llm.editing.deltas import EditSet, WeightEdit
-from lit_llm.editing.edit_cache import FactText
+from lit_llm.editing.fact_text import FactText
 from tests.cli.test_edit_commands import QUICK, fact
 from tests.tiny import tiny_model_folder
 

@@ -210,3 +210,18 @@ def test_cached_values_are_tried_on_another_base_only_where_it_is_asked_for(mode
     call("ask", other, edits, "--prompt", "Oslo is in", "--force", "true")
     said = capsys.readouterr()
     assert "Forced onto them" in said.err and asked(said.out)["edit"] == "oslo-land"
+
+
+def test_a_fuzzy_edit_acts_on_inflected_names_also_when_it_is_read_again(model, tmp_path, capsys):
+    path = tmp_path / "edits.safetensors"
+    inflected = fact(
+        subject={"en": "Moskva", "de": None}, prompt={"en": "Moskve is in", "de": None}, target={"de": None}
+    )
+    with pytest.raises(SystemExit):
+        call("edit", model, path, *inflected, *QUICK)
+    assert "its trigger looks for 'Moskva' and finds none" in capsys.readouterr().err
+    call("edit", model, path, *inflected, *QUICK, "--trigger.fuzzy", "true")
+    capsys.readouterr()
+    for prompt, name in (("Moskvu is in", "moskva"), ("Moskau is in", "none")):
+        call("ask", model, path, "--prompt", prompt)
+        assert asked(capsys.readouterr().out)["edit"] == name

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.data.subjects import HOW, locate_subject, similarity
+from lit_llm.data.subjects import HOW, locate_subject
 from lit_llm.folding import fold
+from lit_llm.similar_names import similarity
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "editing"
 MZSRE = {  # percent of prompts by rule (exact, folded, aliases, fuzzy, none), of the whole set

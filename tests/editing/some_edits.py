@@ -6,7 +6,8 @@ import torch
 
 from lit_llm.editing.closed_form import LowRank
 from lit_llm.editing.deltas import WeightEdit
-from lit_llm.editing.edit_cache import CachedEdit, FactText
+from lit_llm.editing.edit_cache import CachedEdit
+from lit_llm.editing.fact_text import FactText
 from lit_llm.editing.fine_tuning import DenseChange
 from tests.editing import models
 

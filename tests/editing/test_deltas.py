@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from lit_llm.editing.deltas import EditSet, WeightEdit, base_digest
-from lit_llm.editing.edit_cache import CachedEdit, EditCache, FactText
+from lit_llm.editing.edit_cache import CachedEdit, EditCache
 from lit_llm.editing.edit_stack import EditStack
+from lit_llm.editing.fact_text import FactText
 from lit_llm.editing.passes import run
 from lit_llm.editing.rows import padded
 from lit_llm.editing.triggers import Trigger

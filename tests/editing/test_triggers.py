@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lit_llm.data.fact_files import read_requests
+from lit_llm.editing.fact_text import FactText, index_of
 from lit_llm.editing.triggers import SubjectIndex, Trigger, pooled, relation_threshold, unheard
 from tests import tiny
 
@@ -90,6 +91,19 @@ def test_where_no_name_is_found_as_it_is_a_search_is_asked_for_each():
     assert asked == ["Eno Eno", "Robb"]
 
 
+def test_inflected_names_of_fuzzy_edits_are_found_and_short_ones_never():
+    def fact(name: str, subject: str, fuzzy: bool) -> FactText:
+        return FactText(name, {"ru": subject}, {}, {}, fuzzy=fuzzy)
+
+    edits = index_of([fact("moscow", "Москва", True), fact("iran", "Иран", True), fact("samara", "Самара", False)])
+    assert found(edits, "Какая река течёт в Москве?") == (("moscow",), "Москве")
+    assert found(edits, "Столица Москва") == (("moscow",), "Москва")
+    assert found(edits, "Столица Ирака") is None  # Iraq
+    assert found(edits, "Кто живёт в Самаре?") is None  # not asked for
+    text = "Где живёт Samarra?"
+    assert found(index_of([fact("samara", "Samara", True)]), text) == (("samara",), "Samarra")
+
+
 def test_pooling_is_the_direction_of_the_mean_over_kept_tokens():
     hidden = torch.tensor([[[3.0, 0.0], [9.0, 9.0], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     kept = torch.tensor([[1, 0, 1], [0, 0, 0]])
@@ -105,10 +119,12 @@ def test_the_threshold_is_what_the_least_similar_prompt_reaches():
 
 
 def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="subject_relation or subject"):
+    with pytest.raises(ValueError, match="subject_relation, subject or oracle"):
         Trigger(scope="router")
     with pytest.raises(ValueError, match="compares no relation"):
         Trigger(scope="subject", relation_threshold=0.5)
+    with pytest.raises(ValueError, match="looks for no name"):
+        Trigger(scope="oracle", fuzzy=True)
 
 
 def test_prompts_on_which_their_own_edits_never_act_are_found_with_the_reason():
@@ -119,7 +135,7 @@ def test_prompts_on_which_their_own_edits_never_act_are_found_with_the_reason():
         "oslo": {"en": "Osslo is in"},
         "new": {"en": "new york city is in"},
     }
-    short, longer, misspelled = unheard(tiny.byte_level_tokenizer(), names, prompts)
+    short, longer, misspelled = unheard(tiny.byte_level_tokenizer(), SubjectIndex(names), prompts)
     assert (short.edit, short.language) == ("us", "de") and "looks for 'United States' and finds none" in short.reason
     assert longer.edit == "york" and "that of the edit 'new'" in longer.reason
     assert misspelled.prompt == "Osslo is in"

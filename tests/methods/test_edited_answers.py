@@ -12,7 +12,7 @@ from lit_llm.data.edit_batch import QuestionRow, collate_questions
 from lit_llm.data.fact_tokens import FactText, encode_facts
 from lit_llm.editing.deltas import EditSet
 from lit_llm.editing.edit_cache import CachedEdit
-from lit_llm.editing.edit_cache import FactText as Fact
+from lit_llm.editing.fact_text import FactText as Fact
 from lit_llm.methods import edited_answers
 from lit_llm.methods.answers import Generation
 from lit_llm.methods.edited_answers import Asking

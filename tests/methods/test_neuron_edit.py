@@ -266,3 +266,42 @@ def test_what_became_of_each_language_and_why_facts_ended_is_logged(tmp_path):
         sum(float(value) for name, value in line.items() if name.startswith("train/stopped_") and value) == 1
         for line in stopped
     )
+
+
+def test_an_oracle_edits_every_question_about_its_fact_and_none_beside(tmp_path):
+    """Whether or not it names the subject: what values are worth is told from what the trigger finds."""
+    answers = {}
+    for scope in ("subject", "oracle"):
+        strong = {"steps": 20, "learning_rate": 5.0, "clamp": 500.0, "kl_weight": 0.0}
+        settings = {"single": True, "trigger": {"scope": scope}, "optimising": strong}
+        config = edit_config(tmp_path / scope, data={"limit": 4}, layers=[1, 2], **settings)
+        facts = tmp_path / scope / "facts.jsonl"
+        lines = [json.loads(line) for line in facts.read_text().splitlines()]
+        for line in lines:
+            for entry in line["by_lang"].values():
+                entry["rephrase"] = ["The town is in"]  # unnamed
+        facts.write_text("\n".join(map(json.dumps, lines)))
+        last = fit(config, "--trainer.val_check_interval=2").model.edit_report
+        for answer in last["answers"]:
+            answers[scope, answer["fact"], answer["language"], answer["kind"]] = answer["before"], answer["after"]
+    moved = {
+        (scope, kind): any(
+            before != after for (s, _, _, k), (before, after) in answers.items() if (s, k) == (scope, kind)
+        )
+        for scope in ("subject", "oracle")
+        for kind in ("reliability", "generality", "locality")
+    }
+    assert moved["subject", "reliability"] and moved["oracle", "reliability"]
+    assert moved["oracle", "generality"] and not moved["subject", "generality"]
+    assert not moved["oracle", "locality"]
+    same = [
+        answers[("subject", *rest)] == answers[("oracle", *rest)]
+        for s, *rest in answers
+        if s == "oracle" and rest[2] == "reliability"
+    ]
+    assert same and all(same)
+
+
+def test_an_oracle_is_refused_where_it_would_have_to_choose(tmp_path):
+    with pytest.raises(ValueError, match=r"scope is 'oracle'.*Set model\.single: true"):
+        fit(edit_config(tmp_path, trigger={"scope": "oracle"}))
