@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from lit_llm.cli import main
-from lit_llm.editing.deltas import EditSet
+from lit_llm.editing.closed_form import LowRank
+from lit_llm.editing.deltas import EditSet, WeightEdit
+from lit_llm.editing.fact_text import FactText
 from lit_llm.methods.edited_model import EditedModel
 from lit_llm.models.language_model import ModelSpec
 from tests.tiny import tiny_model_folder
@@ -225,3 +227,16 @@ def test_a_fuzzy_edit_acts_on_inflected_names_also_when_it_is_read_again(model, 
     for prompt, name in (("Moskvu is in", "moskva"), ("Moskau is in", "none")):
         call("ask", model, path, "--prompt", prompt)
         assert asked(capsys.readouterr().out)["edit"] == name
+
+
+def test_an_edit_is_computed_over_the_changes_of_weights_that_are_there(model, edits, tmp_path):
+    """`ask` applies both, so values found over the base alone would answer another model."""
+    (alone,) = EditSet.load(edits).cached
+    path = tmp_path / "both.safetensors"
+    text = FactText("rome", {"en": "Rome"}, {"en": "Rome is in"}, {"en": "the"}, "land")
+    body = EditedModel(ModelSpec(source=str(model)).load().eval()).body
+    change = LowRank(torch.ones(body.hidden_size, 1), torch.full((body.width, 1), 0.1))
+    EditSet(EditSet.load(edits).base, [WeightEdit(text, "ROME", {1: change})]).save(path)
+    call("edit", model, path, *fact(), "--relation", "land", *QUICK)
+    (over,) = EditSet.load(path).cached
+    assert any(not torch.equal(over.values[layer], alone.values[layer]) for layer in alone.layers)
