@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from functools import lru_cache
 
 from lit_llm.folding import fold
 
@@ -40,7 +41,12 @@ def similar_span(text: str, name: str) -> tuple[int, int] | None:
     characters, of which others are a letter away (Iran, Iraq).
     """
     folded = fold(name).text
-    return None if len(folded) < _SHORTEST else Windows(text).most_similar(folded)
+    return None if len(folded) < _SHORTEST else _windows(text).most_similar(folded)
+
+
+@lru_cache(maxsize=16)  # a text is compared with one name after the other
+def _windows(text: str) -> Windows:
+    return Windows(text)
 
 
 def similarity(first: str, second: str, at_least: float = 0.0) -> float:

@@ -194,8 +194,7 @@ class Editing(Method):
     def _unknown(self, facts: Sequence[EditedFact], batch: EditBatch) -> list[EditedFact]:
         """The facts whose new answer the model does not give already."""
         self._check_languages(facts)
-        earlier = EditSet(self.edits.base) if self.single else self.edits
-        known = known_already(self.model, earlier, batch, self.edited_in)
+        known = known_already(self.model, self._under(self.edits), batch, self.edited_in)
         self.already_known += [fact.edit.id for number, fact in enumerate(facts) if number in known]
         return [fact for number, fact in enumerate(facts) if number not in known]
 
@@ -224,14 +223,12 @@ class Editing(Method):
         """Whether the facts of a group are edited in one call of `compute`."""
         return not self.single
 
-    def _under(self, edits: EditSet, facts: Sequence[EditedFact]) -> EditSet:
+    def _under(self, edits: EditSet, facts: Sequence[EditedFact] = ()) -> EditSet:
         """The edits over which those of some facts are made: not the ones whose place they take."""
         if self.single:
             return EditSet(edits.base)
-        if not self.replace:
-            return edits
-        kept = [edit for edit in edits if not any(edit.fact.is_same_question(fact.text) for fact in facts)]
-        return EditSet(edits.base, kept)
+        kept = [edit for edit in edits if not (self.replace and any(edit.fact.is_same_question(f.text) for f in facts))]
+        return edits if len(kept) == len(edits) else EditSet(edits.base, kept)
 
     def _check_languages(self, facts: Sequence[EditedFact]) -> None:
         missing = [code for code in self.edited_in or () for fact in facts if code not in fact.languages]
@@ -287,14 +284,11 @@ class Editing(Method):
         for number, fact in enumerate(asking.batch.ids):
             own = [row for row in rows if asking.batch.fact_R[row] == number]
             kept = EditSet(edits.base, [edit for edit in edits if edit.fact.id == fact])
-            unrelated = (
-                {row for row in own if KINDS[asking.batch.kind_R[row]] == "locality"}
-                if self.trigger.scope == "oracle"
-                else set()
-            )
-            found += asking.questions(EditSet(edits.base), sorted(unrelated), free & unrelated)
-            about = [row for row in own if row not in unrelated]
-            found += asking.questions(kept, about, free & set(about))
+            if self.trigger.scope == "oracle":
+                unrelated = [row for row in own if KINDS[asking.batch.kind_R[row]] == "locality"]
+                found += asking.questions(EditSet(edits.base), unrelated, free & set(unrelated))
+                own = [row for row in own if row not in unrelated]
+            found += asking.questions(kept, own, free & set(own))
         return found
 
     def _edited_prompts(self, stage: str) -> set[str]:

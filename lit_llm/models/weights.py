@@ -43,10 +43,7 @@ def source_digests(source: str) -> tuple[str | None, str | None]:
 
 def model_hash(model: LanguageModel) -> str:
     """Names a model by its weights and its tokenizer."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest = _state_hash(model.model)
     tokenizer = model.tokenizer
     digest.update(json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]).encode())
     return digest.hexdigest()[:16]
@@ -54,14 +51,7 @@ def model_hash(model: LanguageModel) -> str:
 
 def state_digest(model: nn.Module, leave_out: str | None = None) -> str:
     """sha256 of names, types, shapes and values of all parameters and buffers but those with `leave_out` in their name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if leave_out is not None and leave_out in name:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        copied = tensor.detach().to("cpu", copy=True)  # memory that numpy has seen cannot be let go by FSDP
-        digest.update(copied.contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return _state_hash(model, leave_out).hexdigest()
 
 
 def content_digest(path: str) -> str | None:
@@ -74,6 +64,17 @@ def content_digest(path: str) -> str | None:
     if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
         return hashlib.sha256(json.dumps(source_digests(path)).encode()).hexdigest()
     return None
+
+
+def _state_hash(model: nn.Module, leave_out: str | None = None):
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if leave_out is not None and leave_out in name:
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        copied = tensor.detach().to("cpu", copy=True)  # memory that numpy has seen cannot be let go by FSDP
+        digest.update(copied.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest
 
 
 def _local_folder(source: str) -> Path | None:
